@@ -1,0 +1,63 @@
+// What the GroupNorm op hands to its kernels. Plain data only: it is shared by code compiled for different ISAs.
+#pragma once
+
+#include <stdint.h>
+
+namespace glide_fast {
+
+enum class Resample : int64_t { NONE = 0, UP = 1, DOWN = 2 };
+
+// x is [B, C, D, H, W] in memory (planar) or [B, D, H, W, C] (channels last). 1-D and 2-D space have leading ones.
+struct GroupNormShape {
+    int64_t batch, channels, groups;
+    int64_t depth, height, width;
+    int64_t factor_depth, factor_height;  // 2 where resampling acts on that dimension, else 1; width's is always 2
+    bool channels_last;
+    bool silu;
+    Resample resample;
+
+    int64_t pixels() const { return depth * height * width; }
+    int64_t channels_per_group() const { return channels / groups; }
+};
+
+struct GroupNormForward {
+    GroupNormShape shape;
+    const float *x, *weight, *bias;
+    const float *scale, *shift;  // [B, C] with these row strides, or both null
+    int64_t scale_stride, shift_stride;
+    double eps;
+    float *output, *mean, *rstd;
+};
+
+struct GroupNormBackward {
+    GroupNormShape shape;
+    const float *grad, *x, *weight, *bias;
+    const float *scale, *shift;
+    int64_t scale_stride, shift_stride;
+    const float *mean, *rstd;
+    float* grad_x;
+    // Sums over the pixels, [B, C]: of the gradient before the affine map, and of it times the normalised x.
+    // The gradients of weight, bias, scale and shift are made of them.
+    double *grad_sum, *grad_normal_sum;
+};
+
+// Work is cut into tasks that share nothing, so results do not depend on the number of threads.
+struct GroupNormTasks {
+    int64_t tasks;            // tasks of one call
+    int64_t groups_per_task;  // 1, or in channels-last memory as many as make whole vectors
+    int64_t scratch_floats;   // memory that each thread must bring
+    int64_t scratch_doubles;
+};
+
+struct Scratch {
+    float* floats;
+    double* doubles;
+};
+
+// One table for each ISA; `begin` and `end` select tasks.
+struct GroupNormKernels {
+    void (*forward)(const GroupNormForward&, const GroupNormTasks&, int64_t begin, int64_t end, Scratch);
+    void (*backward)(const GroupNormBackward&, const GroupNormTasks&, int64_t begin, int64_t end, Scratch);
+};
+
+}  // namespace glide_fast

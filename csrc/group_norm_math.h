@@ -1,0 +1,74 @@
+// GroupNorm's arithmetic, independent of the memory layout. Compiled for each ISA.
+#pragma once
+
+#include "group_norm.h"
+#include "vector.h"
+
+namespace {
+
+using glide_fast::GroupNormShape;
+using glide_fast::GroupNormTasks;
+using glide_fast::Resample;
+using glide_fast::Scratch;
+
+// Elements of one run over which a float accumulator is trusted before it goes into a double.
+constexpr int64_t CHUNK = 4096;
+
+inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// Mean and sum of squared deviations of a growing set (Chan, Golub & LeVeque 1983): no cancellation at any offset.
+struct Moments {
+    double count = 0, mean = 0, squares = 0;
+
+    void add(double other_count, double other_mean, double other_squares) {
+        const double total = count + other_count;
+        const double delta = other_mean - mean;
+        mean += delta * (other_count / total);
+        squares += other_squares + delta * delta * (count * other_count / total);
+        count = total;
+    }
+};
+
+inline double inverse_deviation(const Moments& moments, double eps) {
+    return 1.0 / __builtin_sqrt(moments.squares / moments.count + eps);
+}
+
+// z = ((x - mean) * rstd) * gain + offset, for one channel of one picture: affine map and FiLM in one.
+struct Affine {
+    float gain, offset;
+};
+
+template <typename Problem>
+inline Affine affine_of(const Problem& problem, int64_t picture, int64_t channel) {
+    const float weight = problem.weight[channel], bias = problem.bias[channel];
+    if (problem.scale == nullptr) return {weight, bias};
+    const float film = 1.0f + problem.scale[picture * problem.scale_stride + channel];
+    return {weight * film, bias * film + problem.shift[picture * problem.shift_stride + channel]};
+}
+
+template <bool SILU>
+inline Vector activate(Vector z) {
+    return SILU ? z / (1.0f + exponential(-z)) : z;
+}
+
+// d activate(z) / dz times the gradient that arrives.
+template <bool SILU>
+inline Vector activate_backward(Vector grad, Vector z) {
+    if (!SILU) return grad;
+    const Vector s = sigmoid(z);
+    return grad * (s * (1.0f + z * (1.0f - s)));
+}
+
+inline int64_t resample_factor(const GroupNormShape& shape) {
+    return shape.resample == Resample::NONE ? 1 : 2 * shape.factor_depth * shape.factor_height;
+}
+
+inline int64_t output_pixels(const GroupNormShape& shape) {
+    if (shape.resample == Resample::UP) return shape.pixels() * resample_factor(shape);
+    if (shape.resample == Resample::NONE) return shape.pixels();
+    return (shape.depth / shape.factor_depth) * (shape.height / shape.factor_height) * (shape.width / 2);
+}
+
+}  // namespace

@@ -1,0 +1,124 @@
+"""Training losses of Gaussian diffusion, one number a picture.
+
+Simple loss: DDPM (arXiv 2006.11239, equation 14). Variational bound in bits a dimension, and the hybrid of
+both that learns the variance: Improved DDPM (arXiv 2102.09672, equation 16).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glide_fast.diffusion.process import GaussianDiffusion
+
+
+class LossTerms(NamedTuple):
+    """The loss to minimise and its two parts, each [B]; loss = mse + vlb."""
+
+    loss: Tensor
+    mse: Tensor
+    vlb: Tensor
+
+
+def normal_kl(
+    mean1: Tensor, log_variance1: Tensor | float, mean2: Tensor | float, log_variance2: Tensor | float
+) -> Tensor:
+    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, element by element."""
+    first = torch.as_tensor(log_variance1, dtype=mean1.dtype, device=mean1.device)
+    second = torch.as_tensor(log_variance2, dtype=mean1.dtype, device=mean1.device)
+    distance = (mean1 - mean2) ** 2 * torch.exp(-second)
+    return 0.5 * (-1.0 + second - first + torch.exp(first - second) + distance)
+
+
+def approximate_normal_cdf(x: Tensor) -> Tensor:
+    """The cumulative distribution of the standard normal, by a tanh (largest error 3e-4)."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
+    """Log-probability (nats, shape of x) of 8-bit pictures x in [-1, 1] under a Gaussian cut into 256 bins.
+
+    `log_scales` are logarithms of standard deviations. The outer bins reach to infinity (DDPM, equation 13).
+    """
+    centered = x - means
+    inverse_scale = torch.exp(-log_scales)
+    upper = approximate_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
+    lower = approximate_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
+    darkest = _safe_log(upper)
+    brightest = _safe_log(1.0 - lower)
+    between = _safe_log(upper - lower)
+    return torch.where(x < -0.999, darkest, torch.where(x > 0.999, brightest, between))
+
+
+def vlb_term(
+    diffusion: GaussianDiffusion,
+    model_output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    clip_denoised: bool = False,
+) -> Tensor:
+    """The term of the variational bound at steps t, [B] in bits a dimension (DDPM, equation 5).
+
+    It is KL(q(x_(t-1) | x_t, x_0) || p) for t > 0 and the likelihood of the picture for t = 0.
+    """
+    truth = diffusion.q_posterior(x_start, x_t, t)
+    guess = diffusion.predict(model_output, x_t, t, clip_denoised=clip_denoised)
+    divergence = normal_kl(truth.mean, truth.log_variance, guess.mean, guess.log_variance)
+    likelihood = discretized_gaussian_log_likelihood(
+        x_start, means=guess.mean, log_scales=0.5 * guess.log_variance
+    )
+    nats = torch.where(t == 0, -likelihood.flatten(1).mean(1), divergence.flatten(1).mean(1))
+    return nats / math.log(2.0)
+
+
+def simple_loss(
+    diffusion: GaussianDiffusion, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error [B] of the model's prediction: of the noise, of x_0 or of the posterior mean."""
+    values, _ = diffusion.split(model_output, x_t)
+    if diffusion.mean_type == "epsilon":
+        target = noise
+    elif diffusion.mean_type == "x_start":
+        target = x_start
+    else:
+        target = diffusion.q_posterior(x_start, x_t, t).mean
+    return ((target - values) ** 2).flatten(1).mean(1)
+
+
+def hybrid_loss(
+    diffusion: GaussianDiffusion,
+    model_output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    vlb_weight: float | None = None,
+) -> LossTerms:
+    """Simple loss plus weighted variational bound, which teaches the variance (Improved DDPM, equation 16).
+
+    model_output [B, 2C, H, W] is the model's answer to x_t = q_sample(x_start, t, noise) [B, C, H, W] at
+    steps t [B]. The bound sees the mean's channels without gradient. Its weight is T / 1000 unless given: a
+    thousandth of the bound summed over all T steps.
+
+    Raises:
+        ValueError: the variance is not learned, or the output has the wrong shape.
+    """
+    if not diffusion.learns_variance:
+        raise ValueError(
+            f"the hybrid loss needs a learned variance but variance_type is {diffusion.variance_type!r}; "
+            "use 'learned_range', or simple_loss"
+        )
+    weight = diffusion.steps / 1000.0 if vlb_weight is None else vlb_weight
+    mean_values, variance_values = model_output.chunk(2, dim=1)
+    frozen = torch.cat([mean_values.detach(), variance_values], dim=1)
+    mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise)
+    vlb = vlb_term(diffusion, frozen, x_start, x_t, t) * weight
+    return LossTerms(loss=mse + vlb, mse=mse, vlb=vlb)
+
+
+def _safe_log(probability: Tensor) -> Tensor:
+    return torch.log(probability.clamp(min=1e-12))

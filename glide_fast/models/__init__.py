@@ -1,0 +1,19 @@
+"""Networks of the diffusion family, with upstream's state-dict names."""
+
+from glide_fast.models.checkpoint import ModelConfig, load_model, save_model
+from glide_fast.models.conditioning import MaskedImage, TextConfig, TextEncoding
+from glide_fast.models.presets import PRESETS, preset
+from glide_fast.models.unet import UNet, UNetConfig
+
+__all__ = [
+    "PRESETS",
+    "MaskedImage",
+    "ModelConfig",
+    "TextConfig",
+    "TextEncoding",
+    "UNet",
+    "UNetConfig",
+    "load_model",
+    "preset",
+    "save_model",
+]

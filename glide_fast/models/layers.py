@@ -1,0 +1,218 @@
+"""The pieces every U-Net of the family is made of: residual block, attention block, resampling, embeddings.
+
+Submodules that upstream numbers (``in_layers.0``, ``emb_layers.1`` …) keep those numbers as names, so that published
+checkpoints load without renaming. Weights follow the activations' dtype at use: float32 parameters with bfloat16
+activations is mixed precision with float32 master weights, and no autocast is involved.
+
+Sources: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), ADM (2105.05233), GLIDE (2112.10741).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glide_fast import ops
+
+Resample = Literal["none", "up", "down"]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of the timesteps, cosines first: [B] -> [B, channels] float32 (Attention Is All You Need, 3.5).
+
+    The frequency table is computed in float32 on the CPU, whatever the device: a last-bit difference in ``exp`` is
+    multiplied by the timestep.
+    """
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32) / half
+    frequencies = torch.exp(-math.log(max_period) * exponents).to(timesteps.device)
+    angles = timesteps[:, None].float() * frequencies[None]
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return F.pad(embedding, (0, channels % 2))
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose weights follow the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` whose weights follow the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding)
+
+
+class PointwiseConv(nn.Module):
+    """A 1×1 convolution with upstream's 1-D weight [out, in, 1], applied to channels-last tokens."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_channels)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
+        return F.linear(x, self.weight.squeeze(-1).to(x.dtype), self.bias.to(x.dtype))
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over 32 groups with float32 statistics, and what follows it in a U-Net fused in: FiLM, SiLU, resampling."""
+
+    groups = 32
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % self.groups:
+            lower = channels // self.groups * self.groups
+            raise ValueError(
+                f"channels {channels} are not divisible by the {self.groups} groups of GroupNorm; "
+                f"use {max(lower, self.groups)} or {lower + self.groups}"
+            )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, *space]
+        *,
+        scale: Tensor | None = None,  # [B, C]
+        shift: Tensor | None = None,  # [B, C]
+        activation: Literal["none", "silu"] = "none",
+        resample: Resample = "none",
+    ) -> Tensor:
+        return ops.group_norm(
+            x,
+            self.weight,
+            self.bias,
+            groups=self.groups,
+            scale=scale,
+            shift=shift,
+            activation=activation,
+            resample=resample,
+        )
+
+
+def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
+    """Double (nearest) or halve (average) the two sides of [B, C, H, W], or leave it as it is."""
+    if resample == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return F.avg_pool2d(x, 2) if resample == "down" else x
+
+
+class Upsample(nn.Module):
+    """Nearest 2× upsampling, then a 3×3 convolution if ``learned``."""
+
+    def __init__(self, channels: int, *, learned: bool) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 2H, 2W]
+        x = resample_nearest(x, "up")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """A 3×3 convolution of stride 2 if ``learned``, else a 2×2 average."""
+
+    def __init__(self, channels: int, *, learned: bool) -> None:
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H/2, W/2]
+        return resample_nearest(x, "down") if self.op is None else self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two GroupNorm-SiLU-convolution layers around the timestep, with a residual path (ADM, section 3).
+
+    The embedding enters between them: as FiLM scale and shift of the second norm (``scale_shift_norm``) or added.
+    ``resample`` moves the up- or downsampling of a level into the block.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        *,
+        dropout: float = 0.0,
+        scale_shift_norm: bool = True,
+        resample: Resample = "none",
+    ) -> None:
+        super().__init__()
+        self.scale_shift_norm = scale_shift_norm
+        self.resample: Resample = resample
+        self.in_layers = nn.ModuleDict(
+            {"0": GroupNorm(channels), "2": Conv2d(channels, out_channels, 3, padding=1)}
+        )
+        modulation = 2 * out_channels if scale_shift_norm else out_channels
+        self.emb_layers = nn.ModuleDict({"1": Linear(embedding_channels, modulation)})
+        self.out_layers = nn.ModuleDict(
+            {
+                "0": GroupNorm(out_channels),
+                "2": nn.Dropout(dropout),
+                "3": zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
+            }
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, C, H, W], embedding [B, E] with its SiLU already applied -> [B, out, H', W']."""
+        h = self.in_layers["0"](x, activation="silu", resample=self.resample)
+        h = self.in_layers["2"](h)
+        modulation = self.emb_layers["1"](embedding).to(h.dtype)
+        if self.scale_shift_norm:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.out_layers["0"](h, scale=scale, shift=shift, activation="silu")
+        else:
+            h = self.out_layers["0"](h + modulation[:, :, None, None], activation="silu")
+        h = self.out_layers["3"](self.out_layers["2"](h))
+        return self.skip_connection(resample_nearest(x, self.resample)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a map, with text keys and values beside the image's where there is text."""
+
+    def __init__(self, channels: int, heads: int, text_channels: int | None = None) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"channels {channels} are not divisible by {heads} heads; use a divisor of {channels}")
+        self.heads = heads
+        self.norm = GroupNorm(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels)
+        self.encoder_kv = None if text_channels is None else PointwiseConv(text_channels, 2 * channels)
+        self.proj_out = zeroed(PointwiseConv(channels, channels))
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], text [B, S, text_channels] -> [B, C, H, W]."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, T, C], a view where x is channels-last
+        query, key, value = self._split(self.qkv(tokens), 3)
+        text_key = text_value = None
+        if self.encoder_kv is not None and text is not None:
+            text_key, text_value = self._split(self.encoder_kv(text), 2)
+        attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
+        projected = self.proj_out(attended.flatten(2))
+        return x + projected.transpose(1, 2).view_as(x)
+
+    def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, T, N·parts·D], interleaved a head -> ``parts`` views [B, T, N, D]."""
+        return projection.unflatten(2, (self.heads, parts, -1)).unbind(3)
+
+
+def zeroed(module: Module) -> Module:
+    """The module with every parameter set to zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

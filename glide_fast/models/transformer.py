@@ -1,0 +1,82 @@
+"""GLIDE's text transformer: pre-norm blocks, full attention, exact GELU (GLIDE, section 3.1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glide_fast import ops
+from glide_fast.models.layers import Linear
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in the dtype of its parameters (float32) and answers in that of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over tokens; queries, keys and values interleaved a head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_qkv = Linear(width, 3 * width)
+        self.c_proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        query, key, value = self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).unbind(3)
+        return self.c_proj(ops.attention(query, key, value).flatten(2))
+
+
+class Perceptron(nn.Module):
+    """The block's two-layer perceptron, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + perceptron(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width, heads)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = Perceptron(width)
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of transformer blocks: [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"text width {width} is not divisible by {heads} heads; use a divisor of {width}")
+        self.resblocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
+        self._initialise(layers)
+
+    def _initialise(self, layers: int) -> None:
+        """Normal weights of variance 1/fan-in; the branches' last layers smaller, so that depth keeps the scale."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = (2 * layers) ** -0.5 if "c_proj" in name else 1.0
+                nn.init.normal_(parameter, std=residual * parameter.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x

@@ -1,0 +1,21 @@
+"""The hot operations of the networks, one public function each; the dispatcher picks who computes them.
+
+Importing this package loads the compiled C++ library and the Triton kernels where they were built; where they were
+not, the reference serves, and `implementations()` says why.
+"""
+
+from glide_fast.ops.attention import attention
+from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
+from glide_fast.ops.group_norm import Activation, Resample, group_norm
+
+load_compiled()
+
+__all__ = [
+    "Activation",
+    "Implementation",
+    "Resample",
+    "attention",
+    "group_norm",
+    "implementations",
+    "use_reference",
+]

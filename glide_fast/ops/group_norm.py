@@ -1,0 +1,201 @@
+"""Group normalisation with its neighbours fused: affine, FiLM, SiLU, 2x resampling.
+
+    y = resample(activation((normalise(x) * weight + bias) * (1 + scale) + shift))
+
+Wu & He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494; scale and shift as in Dhariwal & Nichol,
+"Diffusion Models Beat GANs" (2021), https://arxiv.org/abs/2105.05233, section 3 ("adaptive group normalization").
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glide_fast.ops import reference
+from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+
+Activation = Literal["none", "silu"]
+Resample = Literal["none", "up", "down"]
+_ACTIVATIONS = {"none": False, "silu": True}
+_RESAMPLES = {
+    "none": reference.RESAMPLE_NONE,
+    "up": reference.RESAMPLE_UP,
+    "down": reference.RESAMPLE_DOWN,
+}
+
+
+def _resampled_shape(x: Tensor, mode: int) -> list[int]:
+    if mode == reference.RESAMPLE_UP:
+        return [*x.shape[:2], *(2 * size for size in x.shape[2:])]
+    if mode == reference.RESAMPLE_DOWN:
+        return [*x.shape[:2], *(size // 2 for size in x.shape[2:])]
+    return list(x.shape)
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    bias: Tensor,  # noqa: ARG001
+    scale: Tensor | None,  # noqa: ARG001
+    shift: Tensor | None,  # noqa: ARG001
+    groups: int,
+    eps: float,  # noqa: ARG001
+    silu: bool,  # noqa: ARG001
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = x.new_empty(_resampled_shape(x, mode)).contiguous(memory_format=reference.memory_format(x))
+    statistics = (x.shape[0], groups)
+    dtype = reference.compute_dtype(x.dtype)
+    return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,  # noqa: ARG001
+    rstd: Tensor,  # noqa: ARG001
+    silu: bool,  # noqa: ARG001
+    mode: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
+    grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    grad_shift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), grad_scale, grad_shift
+
+
+FORWARD = define(
+    "group_norm",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu, int mode)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)",
+    reference.group_norm,
+    _fake_forward,
+)
+BACKWARD = define(
+    "group_norm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd,"
+    " bool silu, int mode) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.group_norm_backward,
+    _fake_backward,
+)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, rstd = FORWARD.redispatch(
+            keyset & torch._C._after_autograd_keyset, x, weight, bias, scale, shift, *settings
+        )
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        ctx.silu, ctx.mode = settings[2:]
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return output, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 10
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode)
+        film = gradients[3:] if scale is not None else (None, None)
+        return None, *gradients[:3], *film, None, None, None, None
+
+
+def _autograd(keyset: Any, *args: Any) -> Any:
+    if needs_gradient(args[:5]):
+        return _GroupNorm.apply(keyset, *args)
+    return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+differentiable("group_norm", _autograd)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int
+) -> None:
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; give [B, C, *space] with 1, 2 or 3 dimensions of space"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
+    batch, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{channels} channels are not divisible into {groups} groups; change one of them")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; only the batch may be empty")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values.shape != (channels,):
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}; x with {channels} channels needs [{channels}]"
+            )
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift belong together; give both or neither")
+    for name, film in (("scale", scale), ("shift", shift)):
+        if film is not None and film.shape != (batch, channels):
+            raise ValueError(f"{name} has shape {tuple(film.shape)}; it must be [{batch}, {channels}]")
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = "none",
+    resample: Resample = "none",
+) -> Tensor:
+    """Normalise each group of channels, then affine, FiLM, activation and 2x resampling in one pass.
+
+    Statistics are computed in fp32 (fp64 for fp64 input) and the result is rounded once, to x's dtype.
+
+    Args:
+        x: [B, C, *space], space of 1-3 dimensions, contiguous or channels-last; the format is kept.
+        weight: [C].
+        bias: [C].
+        groups: number of groups; divides C.
+        eps: added to the variance.
+        scale: [B, C], FiLM's factor minus one; together with shift, or None.
+        shift: [B, C], FiLM's summand.
+        activation: "none" or "silu", after FiLM.
+        resample: "up" repeats each pixel twice along each dimension of space, "down" averages pairs (an odd last
+            row is dropped), "none" keeps the size.
+
+    Returns:
+        [B, C, *resampled space] in the dtype of x. Differentiable once.
+
+    Raises:
+        ValueError: shapes that do not fit, channels that are not divisible by groups, or an unknown choice.
+    """
+    _check(x, weight, bias, scale, shift, groups)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(_ACTIVATIONS)}")
+    if resample not in _RESAMPLES:
+        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(_RESAMPLES)}")
+    mode = _RESAMPLES[resample]
+    if mode == reference.RESAMPLE_DOWN and 1 in x.shape[2:]:
+        raise ValueError(
+            f"space {tuple(x.shape[2:])} is too small to halve; each dimension must be at least 2"
+        )
+    output: Tensor = FORWARD(x, weight, bias, scale, shift, groups, eps, _ACTIVATIONS[activation], mode)[0]
+    return output

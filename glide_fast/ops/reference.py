@@ -1,0 +1,207 @@
+"""Every op in plain PyTorch: the definition of correct, and the implementation where nothing faster exists.
+
+Arithmetic is float64 for float64 inputs and float32 for all others; results are rounded once, at the end.
+Shapes: B batch, C channels, H W space, P pixels, T queries, S text positions, N heads, D head dim, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESAMPLE_NONE, RESAMPLE_UP, RESAMPLE_DOWN = 0, 1, 2
+_AVERAGE_POOL = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an op's output for input x: channels-last if x is that and not also contiguous."""
+    last = _CHANNELS_LAST.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of saved statistics for tensors of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def per_channel(values: Tensor, ndim: int) -> Tensor:
+    """[C] or [B, C] -> the same with trailing ones, so that it broadcasts over [B, C, *space]."""
+    batch = values.shape[0] if values.ndim == 2 else 1
+    return values.reshape(batch, values.shape[-1], *[1] * (ndim - 2))
+
+
+def resample(y: Tensor, mode: int) -> Tensor:
+    """2x nearest up, 2x mean down (an odd last row or column is dropped), or y itself."""
+    if mode == RESAMPLE_UP:
+        for dim in range(2, y.ndim):
+            y = y.repeat_interleave(2, dim=dim)
+        return y
+    return _AVERAGE_POOL[y.ndim](y, 2) if mode == RESAMPLE_DOWN else y
+
+
+def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
+    """Adjoint of `resample` for an input whose space is `space`."""
+    parts = 2 ** len(space)
+    if mode == RESAMPLE_UP:
+        return _AVERAGE_POOL[grad.ndim](grad, 2) * parts
+    if mode == RESAMPLE_DOWN:
+        for dim, size in enumerate(space, start=2):
+            grad = grad.repeat_interleave(2, dim=dim)
+            if size % 2:
+                last = list(grad.shape)
+                last[dim] = 1
+                grad = torch.cat([grad, grad.new_zeros(last)], dim=dim)
+        return grad / parts
+    return grad
+
+
+def group_norm(
+    x: Tensor,  # [B, C, *space]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    scale: Tensor | None,  # [B, C]
+    shift: Tensor | None,  # [B, C]
+    groups: int,
+    eps: float,
+    silu: bool,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = resample(silu((normalise(x) * weight + bias) * (1 + scale) + shift)), mean [B, G], 1/deviation [B, G]."""
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    grouped = wide.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
+    mean = grouped.mean(2)
+    centred = grouped - mean.unsqueeze(2)
+    rstd = (centred.square().mean(2) + eps).rsqrt()
+    normal = (centred * rstd.unsqueeze(2)).reshape(x.shape)
+    y = normal * per_channel(weight.to(dtype), x.ndim) + per_channel(bias.to(dtype), x.ndim)
+    if scale is not None and shift is not None:
+        y = y * per_channel(1 + scale.to(dtype), x.ndim) + per_channel(shift.to(dtype), x.ndim)
+    y = resample(F.silu(y) if silu else y, mode)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x)), mean, rstd
+
+
+def group_norm_backward(
+    grad: Tensor,  # like y
+    x: Tensor,  # [B, C, *space]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    scale: Tensor | None,  # [B, C]
+    shift: Tensor | None,  # [B, C]
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+    silu: bool,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale, shift; the last two are empty where FiLM is absent."""
+    dtype = compute_dtype(x.dtype)
+    batch, channels, groups = x.shape[0], x.shape[1], mean.shape[1]
+    wide_weight, wide_bias = weight.to(dtype), bias.to(dtype)
+    pixels = math.prod(x.shape[2:])
+    elements = channels // groups * pixels
+    grouped = x.to(dtype).reshape(batch, groups, elements)
+    normal = ((grouped - mean.unsqueeze(2)) * rstd.unsqueeze(2)).reshape(batch, channels, pixels)
+    gain = wide_weight.expand(batch, channels)
+    offset = wide_bias.expand(batch, channels)
+    film = None if scale is None or shift is None else 1 + scale.to(dtype)
+    if film is not None and shift is not None:
+        gain, offset = gain * film, offset * film + shift.to(dtype)
+
+    flat = resample_backward(grad.to(dtype), mode, x.shape[2:]).reshape(normal.shape)
+    if silu:
+        z = normal * gain.unsqueeze(2) + offset.unsqueeze(2)
+        sigmoid = torch.sigmoid(z)
+        flat = flat * (sigmoid * (1 + z * (1 - sigmoid)))
+
+    # Every gradient but x's is made of these two sums over the pixels, [B, C].
+    grad_sum, grad_normal_sum = flat.sum(2), (flat * normal).sum(2)
+    grad_shift = grad_scale = x.new_empty(0)
+    weight_terms, bias_terms = grad_normal_sum, grad_sum
+    if film is not None and scale is not None and shift is not None:
+        grad_scale = (grad_normal_sum * wide_weight + grad_sum * wide_bias).to(scale.dtype)
+        grad_shift = grad_sum.to(shift.dtype)
+        weight_terms, bias_terms = grad_normal_sum * film, grad_sum * film
+
+    by_group = (batch, groups, channels // groups)
+    group_mean = (grad_sum * gain).reshape(by_group).sum(2) / elements
+    group_normal_mean = (grad_normal_sum * gain).reshape(by_group).sum(2) / elements
+    inner = (flat * gain.unsqueeze(2)).reshape(grouped.shape)
+    inner = inner - group_mean.unsqueeze(2) - normal.reshape(grouped.shape) * group_normal_mean.unsqueeze(2)
+    grad_x = (inner * rstd.unsqueeze(2)).reshape(x.shape).to(x.dtype)
+    return (
+        grad_x.contiguous(memory_format=memory_format(x)),
+        weight_terms.sum(0).to(weight.dtype),
+        bias_terms.sum(0).to(bias.dtype),
+        grad_scale,
+        grad_shift,
+    )
+
+
+def _attention_inputs(
+    query: Tensor, key: Tensor, value: Tensor, text_key: Tensor | None, text_value: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled query [B, N, T, D], scaled key [B, N, S+T, D], value [B, N, S+T, D] in the compute dtype."""
+    dtype = compute_dtype(query.dtype)
+    if text_key is not None and text_value is not None:
+        key, value = torch.cat([text_key, key], dim=1), torch.cat([text_value, value], dim=1)
+    root = query.shape[3] ** -0.25
+    query, key, value = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
+    return query * root, key * root, value
+
+
+def attention(
+    query: Tensor,  # [B, T, N, D]
+    key: Tensor,  # [B, T, N, D]
+    value: Tensor,  # [B, T, N, D]
+    text_key: Tensor | None,  # [B, S, N, D]
+    text_value: Tensor | None,  # [B, S, N, D]
+) -> tuple[Tensor, Tensor]:
+    """softmax(query [text_key, key]^T / sqrt(D)) [text_value, value]: [B, T, N, D]; log of the softmax's sum [B, N, T]."""
+    wide_query, wide_key, wide_value = _attention_inputs(query, key, value, text_key, text_value)
+    scores = wide_query @ wide_key.transpose(2, 3)
+    log_sum = scores.logsumexp(dim=3)
+    output = (scores - log_sum.unsqueeze(3)).exp() @ wide_value
+    return output.transpose(1, 2).to(query.dtype).contiguous(), log_sum
+
+
+def attention_backward(
+    grad: Tensor,  # [B, T, N, D]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    output: Tensor,  # [B, T, N, D]
+    log_sum: Tensor,  # [B, N, T]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, text_key, text_value; the last two are empty where text is absent."""
+    dtype = compute_dtype(query.dtype)
+    root = query.shape[3] ** -0.25
+    wide_query, wide_key, wide_value = _attention_inputs(query, key, value, text_key, text_value)
+    wide_grad = grad.transpose(1, 2).to(dtype)
+    probabilities = (wide_query @ wide_key.transpose(2, 3) - log_sum.unsqueeze(3)).exp()
+    grad_value = probabilities.transpose(2, 3) @ wide_grad
+    inner = (wide_grad * output.transpose(1, 2).to(dtype)).sum(3, keepdim=True)
+    grad_scores = probabilities * (wide_grad @ wide_value.transpose(2, 3) - inner)
+    grad_query = grad_scores @ wide_key * root
+    grad_key = grad_scores.transpose(2, 3) @ wide_query * root
+
+    grad_query, grad_key, grad_value = (
+        tensor.transpose(1, 2).to(query.dtype).contiguous() for tensor in (grad_query, grad_key, grad_value)
+    )
+    if text_key is None:
+        return grad_query, grad_key, grad_value, query.new_empty(0), query.new_empty(0)
+    text = text_key.shape[1]
+    return (
+        grad_query,
+        grad_key[:, text:].contiguous(),
+        grad_value[:, text:].contiguous(),
+        grad_key[:, :text].contiguous(),
+        grad_value[:, :text].contiguous(),
+    )

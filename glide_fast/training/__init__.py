@@ -1,0 +1,6 @@
+"""Training: tasks, one loop, resumable state. ``train(config, directory)`` is all a recipe needs."""
+
+from glide_fast.training.config import TrainConfig
+from glide_fast.training.loop import train
+
+__all__ = ["TrainConfig", "train"]

@@ -1,0 +1,30 @@
+"""An exponential moving average of a model's weights (Improved DDPM, section 2.5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialMovingAverage:
+    """Float32 average of the parameters, by name; early steps weigh more, as decay = min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the average towards the parameters after optimiser step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights, by parameter name."""
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from averaged weights."""
+        for name, tensor in self.average.items():
+            tensor.copy_(state[name])

@@ -1,0 +1,82 @@
+"""The one resumable checkpoint of a run: everything the next step depends on, whole or not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glide_fast.config import to_dict
+from glide_fast.diffusion import TimestepSampler
+from glide_fast.files import replacing
+from glide_fast.models.checkpoint import check_fits
+from glide_fast.training.config import TrainConfig
+from glide_fast.training.ema import ExponentialMovingAverage
+
+FREE_TO_CHANGE = ("steps", "save_every", "samples", "optimizer.decay_steps", "optimizer.learning_rate")
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """Model, average, optimiser and timestep sampler after ``step`` optimiser steps.
+
+    Random numbers and the data position need no state of their own: both are functions of the seed and the step.
+    """
+
+    model: nn.Module
+    ema: ExponentialMovingAverage
+    optimizer: torch.optim.Optimizer
+    timesteps: TimestepSampler
+    step: int = 0
+
+    def save(self, path: Path, config: TrainConfig) -> None:
+        """Write the checkpoint, replacing an older one only when it is complete."""
+        values = {
+            "config": to_dict(config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "timesteps": self.timesteps.state_dict(),
+        }
+        with replacing(path) as temporary:
+            torch.save(values, temporary)
+
+    def resume(self, path: Path, config: TrainConfig) -> None:
+        """Continue from a checkpoint of the same config.
+
+        Raises:
+            ValueError: the file is broken, or its config differs in more than the length of the run.
+        """
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+        difference = first_difference(values["config"], to_dict(config))
+        if difference is not None:
+            raise ValueError(f"{path} belongs to another config: {difference}; use another run directory")
+        check_fits(self.model, values["model"], str(path))
+        self.model.load_state_dict(values["model"])
+        self.ema.load_state_dict(values["ema"])
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.timesteps.load_state_dict(values["timesteps"])
+        self.step = values["step"]
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str | None:
+    """The first field in which two configs differ, with both values; None if only the length of the run does."""
+    for name in {**old, **new}:
+        where = f"{path}{name}"
+        before, now = old.get(name), new.get(name)
+        if where in FREE_TO_CHANGE or before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            nested = first_difference(before, now, f"{where}.")
+            if nested is not None:
+                return nested
+            continue
+        return f"{where} was {before!r} and is now {now!r}"
+    return None
