@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -48,7 +48,9 @@ def find_tools() -> tuple[str, str]:
         BuildError: one of them is missing, or the platform has no suitable compiler.
     """
     if sys.platform == "win32":
-        raise BuildError("the kernels need GCC's or Clang's vector extensions, and Windows' default compiler has none")
+        raise BuildError(
+            "the kernels need GCC's or Clang's vector extensions, and Windows' default compiler has none"
+        )
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
@@ -68,7 +70,9 @@ def find_torch() -> Path:
     try:
         import torch
     except ImportError as error:
-        raise BuildError(f"torch is not importable here ({error}); pip install --no-build-isolation") from error
+        raise BuildError(
+            f"torch is not importable here ({error}); pip install --no-build-isolation"
+        ) from error
     return Path(torch.__file__).parent
 
 
@@ -129,13 +133,14 @@ class BuildWithNinja(build_ext):
             self.warn(f"the C++ ops are not built: {error}. The slower reference will serve every op.")
 
     def copy_extensions_to_source(self) -> None:
-        """Skip the copy where nothing was built."""
-        everything = self.extensions
-        self.extensions = [
-            ext for ext in everything if (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists()
-        ]
-        super().copy_extensions_to_source()
-        self.extensions = everything
+        """Put what was built beside the sources; by rename, since a running process may have the old file mapped."""
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            if built.exists():
+                target = Path(self.get_ext_fullpath(ext.name))
+                fresh = target.with_suffix(".new")
+                shutil.copy2(built, fresh)
+                os.replace(fresh, target)
 
     def get_outputs(self) -> list[str]:
         """The files that exist: a skipped extension must not be missed by install."""
@@ -145,6 +150,7 @@ class BuildWithNinja(build_ext):
 setup(
     ext_modules=[Extension("glide_fast._C", sources=[*SOURCES, *ISA_SOURCES], py_limited_api=True)],
     cmdclass={"build_ext": BuildWithNinja},
+    packages=[*find_packages(include=["glide_fast*"]), "glide_fast.kernels"],
     package_dir={"glide_fast.kernels": "kernels"},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,8 +1,10 @@
-// The ops glide_fast::group_norm and group_norm_backward for CPU tensors: shapes, dtypes and threads; the arithmetic
-// is in the kernels of the chosen ISA. Only torch's stable ABI is used, so one binary serves torch 2.10 and later.
+// The ops glide_fast::group_norm and group_norm_backward for CPU tensors: shapes, dtypes and threads; the
+// arithmetic is in the kernels of the chosen ISA. Only torch's stable ABI is used, so one binary serves
+// torch 2.10 and later.
 //
-// Rule of dtypes: float32 runs as it is; bfloat16 and float16 are converted to float32 and back (the reference's
-// arithmetic, rounded once at the end); everything else, float64 above all, goes to the reference op.
+// Rule of dtypes: float32 runs as it is; bfloat16 and float16 are converted to float32 and back (the
+// reference's arithmetic, rounded once at the end); everything else, float64 above all, goes to the reference
+// op.
 #include "group_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +35,9 @@ bool is_channels_last(const Tensor& x) {
     int64_t expected = 1;
     const int64_t dims = x.dim();
     for (int64_t i = 0; i < dims; ++i) {
-        const int64_t dim = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;  // channels, last ... first of space, batch
+        const int64_t dim = i == 0          ? 1
+                            : i == dims - 1 ? 0
+                                            : dims - i;  // channels, last ... first of space, batch
         if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
         expected *= x.size(dim);
     }
@@ -81,7 +85,8 @@ template <typename Problem, typename Kernel>
 void run(const Problem& problem, Kernel kernel) {
     const GroupNormTasks tasks = tasks_of(problem.shape);
     if (tasks.tasks == 0) return;
-    const int64_t elements = problem.shape.batch * problem.shape.channels * problem.shape.pixels() / tasks.tasks;
+    const int64_t elements =
+        problem.shape.batch * problem.shape.channels * problem.shape.pixels() / tasks.tasks;
     const int64_t grain = (ELEMENTS_PER_THREAD + elements - 1) / elements;
     torch::stable::parallel_for(0, tasks.tasks, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> floats(tasks.scratch_floats);
@@ -96,7 +101,8 @@ bool is_served(ScalarType type) {
 
 Tensor as_float(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
     const bool converted = tensor.scalar_type() != ScalarType::Float;
-    return torch::stable::contiguous(converted ? torch::stable::to(tensor, ScalarType::Float) : tensor, format);
+    return torch::stable::contiguous(converted ? torch::stable::to(tensor, ScalarType::Float) : tensor,
+                                     format);
 }
 
 Tensor as_type(const Tensor& tensor, ScalarType type) {
@@ -132,7 +138,8 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 template <size_t RESULTS, size_t ARGUMENTS>
-std::array<StableIValue, ARGUMENTS> call_reference(const char* op, std::array<StableIValue, ARGUMENTS> stack) {
+std::array<StableIValue, ARGUMENTS> call_reference(const char* op,
+                                                   std::array<StableIValue, ARGUMENTS> stack) {
     static_assert(RESULTS <= ARGUMENTS);
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
     return stack;
@@ -141,16 +148,16 @@ std::array<StableIValue, ARGUMENTS> call_reference(const char* op, std::array<St
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Three group_norm(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, OptionalTensor shift, int64_t groups,
-                 double eps, bool silu, int64_t mode) {
+Three group_norm(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, OptionalTensor shift,
+                 int64_t groups, double eps, bool silu, int64_t mode) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     const ScalarType type = x.scalar_type();
     if (!is_served(type)) {
         const auto results = call_reference<3>(
             "glide_fast::group_norm_reference",
-            std::array<StableIValue, 9>{from(x), from(weight), from(bias), from(scale), from(shift), from(groups),
-                                        from(eps), from(silu), from(mode)});
+            std::array<StableIValue, 9>{from(x), from(weight), from(bias), from(scale), from(shift),
+                                        from(groups), from(eps), from(silu), from(mode)});
         return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2])};
     }
     GroupNormForward problem;
@@ -204,7 +211,8 @@ ParameterGradients parameter_gradients(const GroupNormBackward& problem) {
             double factor = 1;
             if (film) {
                 factor += problem.scale[picture * problem.scale_stride + channel];
-                scale[at] = static_cast<float>(normal_sum * problem.weight[channel] + sum * problem.bias[channel]);
+                scale[at] =
+                    static_cast<float>(normal_sum * problem.weight[channel] + sum * problem.bias[channel]);
                 shift[at] = static_cast<float>(sum);
             }
             weight_sum[channel] += normal_sum * factor;
@@ -217,18 +225,18 @@ ParameterGradients parameter_gradients(const GroupNormBackward& problem) {
     return gradients;
 }
 
-Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, OptionalTensor shift,
-                         Tensor mean, Tensor rstd, bool silu, int64_t mode) {
+Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
+                         OptionalTensor shift, Tensor mean, Tensor rstd, bool silu, int64_t mode) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     const ScalarType type = x.scalar_type();
     if (!is_served(type)) {
         const auto results = call_reference<5>(
             "glide_fast::group_norm_backward_reference",
-            std::array<StableIValue, 10>{from(grad), from(x), from(weight), from(bias), from(scale), from(shift),
-                                         from(mean), from(rstd), from(silu), from(mode)});
-        return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2]), to<Tensor>(results[3]),
-                to<Tensor>(results[4])};
+            std::array<StableIValue, 10>{from(grad), from(x), from(weight), from(bias), from(scale),
+                                         from(shift), from(mean), from(rstd), from(silu), from(mode)});
+        return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2]),
+                to<Tensor>(results[3]), to<Tensor>(results[4])};
     }
     GroupNormBackward problem;
     problem.shape = shape_of(x, mean.size(1), silu, mode);

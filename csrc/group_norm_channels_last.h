@@ -1,7 +1,9 @@
-// GroupNorm where the channels of a pixel are neighbours ([B, D, H, W, C]); a task is a block of groups of one picture.
+// GroupNorm where the channels of a pixel are neighbours ([B, D, H, W, C]); a task is a block of groups of
+// one picture.
 //
-// Loops run over rows of pixels, then over vectors of channels, then over the row's pixels: a channel's coefficients
-// stay in registers for a row, and the block's part of a row (some 10 KiB) stays in the first-level cache.
+// Loops run over rows of pixels, then over vectors of channels, then over the row's pixels: a channel's
+// coefficients stay in registers for a row, and the block's part of a row (some 10 KiB) stays in the
+// first-level cache.
 #pragma once
 
 #include "group_norm_math.h"
@@ -49,20 +51,26 @@ struct Rows {
 template <bool WHOLE>
 void add_moments(const float* x, int64_t pixels, int64_t stride, int64_t lanes, double before, double* mean,
                  double* squares) {
-    Vector sums[2] = {};
+    Vector sums[4] = {};
     int64_t p = 0;
-    for (; p + 2 <= pixels; p += 2) {
-        sums[0] += load_lanes<WHOLE>(x + p * stride, lanes);
-        sums[1] += load_lanes<WHOLE>(x + (p + 1) * stride, lanes);
+    for (; p + 4 <= pixels; p += 4)
+        for (int64_t k = 0; k < 4; ++k) sums[k] += load_lanes<WHOLE>(x + (p + k) * stride, lanes);
+    for (; p < pixels; ++p) sums[0] += load_lanes<WHOLE>(x + p * stride, lanes);
+    const Vector middle = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(pixels);
+
+    // Deviations from `middle`, which need not be the exact mean: what is left of it is corrected below.
+    Vector residuals[2] = {}, deviations[2] = {};
+    const auto deviate = [&](int64_t pixel, int64_t k) {
+        const Vector deviation = load_lanes<WHOLE>(x + pixel * stride, lanes) - middle;
+        residuals[k] += deviation;
+        deviations[k] += deviation * deviation;
+    };
+    for (p = 0; p + 2 <= pixels; p += 2) {
+        deviate(p, 0);
+        deviate(p + 1, 1);
     }
-    if (p < pixels) sums[0] += load_lanes<WHOLE>(x + p * stride, lanes);
-    const Vector middle = (sums[0] + sums[1]) / static_cast<float>(pixels);
-    Vector residual{}, square{};
-    for (p = 0; p < pixels; ++p) {
-        const Vector deviation = load_lanes<WHOLE>(x + p * stride, lanes) - middle;
-        residual += deviation;
-        square += deviation * deviation;
-    }
+    if (p < pixels) deviate(p, 0);
+    const Vector residual = residuals[0] + residuals[1], square = deviations[0] + deviations[1];
     const double count = static_cast<double>(pixels);
     for (int64_t lane = 0; lane < lanes; ++lane) {
         Moments moments{before, mean[lane], squares[lane]};
@@ -74,7 +82,8 @@ void add_moments(const float* x, int64_t pixels, int64_t stride, int64_t lanes, 
 }
 
 // Mean and sum of squared deviations of each channel of the block, over all pixels.
-inline void moments_of(const float* x, int64_t pixels, int64_t stride, int64_t channels, double* mean, double* squares) {
+inline void moments_of(const float* x, int64_t pixels, int64_t stride, int64_t channels, double* mean,
+                       double* squares) {
     for (int64_t channel = 0; channel < channels; ++channel) mean[channel] = squares[channel] = 0;
     for (int64_t begin = 0; begin < pixels; begin += STATISTICS_PIXELS) {
         const int64_t count = smaller(STATISTICS_PIXELS, pixels - begin);
@@ -91,8 +100,8 @@ inline void moments_of(const float* x, int64_t pixels, int64_t stride, int64_t c
 
 // Normalises and activates a row for one vector of channels, and writes it at the output's size.
 template <bool SILU, bool WHOLE>
-void forward_row(const GroupNormShape& shape, const float* x, float* output, int64_t row, int64_t pixels, int64_t lanes,
-                 const Coefficients& at, int64_t c) {
+void forward_row(const GroupNormShape& shape, const float* x, float* output, int64_t row, int64_t pixels,
+                 int64_t lanes, const Coefficients& at, int64_t c) {
     const int64_t stride = shape.channels;
     const Vector mean = load_lanes<WHOLE>(at.mean + c, lanes), factor = load_lanes<WHOLE>(at.gain + c, lanes);
     const Vector offset = load_lanes<WHOLE>(at.offset + c, lanes);
@@ -112,7 +121,8 @@ void forward_row(const GroupNormShape& shape, const float* x, float* output, int
             for (int64_t part = 0; part < parts; ++part) {
                 const int64_t slice = d * shape.factor_depth + part / shape.factor_height;
                 const int64_t line = h * shape.factor_height + part % shape.factor_height;
-                const int64_t target = (slice * shape.height * shape.factor_height + line) * 2 * pixels + 2 * w;
+                const int64_t target =
+                    (slice * shape.height * shape.factor_height + line) * 2 * pixels + 2 * w;
                 store_lanes<WHOLE>(output + target * stride + c, y, lanes);
                 store_lanes<WHOLE>(output + (target + 1) * stride + c, y, lanes);
             }
@@ -120,7 +130,8 @@ void forward_row(const GroupNormShape& shape, const float* x, float* output, int
         return;
     }
     // DOWN: the first source row of each output row does the work for all of them.
-    const int64_t out_depth = shape.depth / shape.factor_depth, out_height = shape.height / shape.factor_height;
+    const int64_t out_depth = shape.depth / shape.factor_depth,
+                  out_height = shape.height / shape.factor_height;
     if (d % shape.factor_depth || h % shape.factor_height || d / shape.factor_depth >= out_depth ||
         h / shape.factor_height >= out_height)
         return;
@@ -138,15 +149,16 @@ void forward_row(const GroupNormShape& shape, const float* x, float* output, int
 }
 
 template <bool SILU>
-void forward(const glide_fast::GroupNormForward& problem, const GroupNormTasks& tasks, int64_t begin, int64_t end,
-             Scratch scratch) {
+void forward(const glide_fast::GroupNormForward& problem, const GroupNormTasks& tasks, int64_t begin,
+             int64_t end, Scratch scratch) {
     const GroupNormShape& shape = problem.shape;
     const int64_t pixels = shape.pixels(), members = shape.channels_per_group();
     const Rows rows(shape);
     for (int64_t task = begin; task < end; ++task) {
         const Block block = block_of(shape, tasks, task);
         const float* x = problem.x + block.picture * pixels * shape.channels + block.first_channel;
-        float* output = problem.output + block.picture * output_pixels(shape) * shape.channels + block.first_channel;
+        float* output =
+            problem.output + block.picture * output_pixels(shape) * shape.channels + block.first_channel;
         double *means = scratch.doubles, *squares = scratch.doubles + block.channels;
         moments_of(x, pixels, shape.channels, block.channels, means, squares);
 
@@ -172,16 +184,19 @@ void forward(const glide_fast::GroupNormForward& problem, const GroupNormTasks& 
                 if (c + LANES <= block.channels)
                     forward_row<SILU, true>(shape, x, output, row, rows.size(row), LANES, at, c);
                 else
-                    forward_row<SILU, false>(shape, x, output, row, rows.size(row), block.channels - c, at, c);
+                    forward_row<SILU, false>(shape, x, output, row, rows.size(row), block.channels - c, at,
+                                             c);
             }
     }
 }
 
 // The gradient at one source pixel: the sum over its copies (UP), its share of a mean (DOWN), or itself.
 template <bool WHOLE>
-inline Vector gradient_at(const GroupNormShape& shape, const float* grad, int64_t row, int64_t w, int64_t lanes) {
+inline Vector gradient_at(const GroupNormShape& shape, const float* grad, int64_t row, int64_t w,
+                          int64_t lanes) {
     const int64_t stride = shape.channels;
-    if (shape.resample == Resample::NONE) return load_lanes<WHOLE>(grad + (row * ROW_PIXELS + w) * stride, lanes);
+    if (shape.resample == Resample::NONE)
+        return load_lanes<WHOLE>(grad + (row * ROW_PIXELS + w) * stride, lanes);
     const int64_t d = row / shape.height, h = row % shape.height;
     const int64_t parts = shape.factor_depth * shape.factor_height;
     if (shape.resample == Resample::UP) {
@@ -189,26 +204,31 @@ inline Vector gradient_at(const GroupNormShape& shape, const float* grad, int64_
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t slice = d * shape.factor_depth + part / shape.factor_height;
             const int64_t line = h * shape.factor_height + part % shape.factor_height;
-            const int64_t source = (slice * shape.height * shape.factor_height + line) * 2 * shape.width + 2 * w;
-            sum += load_lanes<WHOLE>(grad + source * stride, lanes) + load_lanes<WHOLE>(grad + (source + 1) * stride, lanes);
+            const int64_t source =
+                (slice * shape.height * shape.factor_height + line) * 2 * shape.width + 2 * w;
+            sum += load_lanes<WHOLE>(grad + source * stride, lanes) +
+                   load_lanes<WHOLE>(grad + (source + 1) * stride, lanes);
         }
         return sum;
     }
-    const int64_t out_depth = shape.depth / shape.factor_depth, out_height = shape.height / shape.factor_height;
+    const int64_t out_depth = shape.depth / shape.factor_depth,
+                  out_height = shape.height / shape.factor_height;
     const int64_t slice = d / shape.factor_depth, line = h / shape.factor_height;
     if (slice >= out_depth || line >= out_height || w / 2 >= shape.width / 2) return Vector{};
     const int64_t source = (slice * out_height + line) * (shape.width / 2) + w / 2;
     return load_lanes<WHOLE>(grad + source * stride, lanes) * (1.0f / static_cast<float>(2 * parts));
 }
 
-// Writes the gradient before the affine map to grad_x, and adds its sum and its product with the normalised x.
+// Writes the gradient before the affine map to grad_x, and adds its sum and its product with the normalised
+// x.
 template <bool SILU, bool WHOLE>
-void differentiate_row(const GroupNormShape& shape, const float* grad, const float* x, float* grad_x, int64_t row,
-                       const Rows& rows, int64_t lanes, const Coefficients& at, int64_t c, double* sum,
-                       double* normal_sum) {
+void differentiate_row(const GroupNormShape& shape, const float* grad, const float* x, float* grad_x,
+                       int64_t row, const Rows& rows, int64_t lanes, const Coefficients& at, int64_t c,
+                       double* sum, double* normal_sum) {
     const int64_t stride = shape.channels, first = rows.begin(row);
     const Vector mean = load_lanes<WHOLE>(at.mean + c, lanes), rstd = load_lanes<WHOLE>(at.rstd + c, lanes);
-    const Vector gain = load_lanes<WHOLE>(at.gain + c, lanes), offset = load_lanes<WHOLE>(at.offset + c, lanes);
+    const Vector gain = load_lanes<WHOLE>(at.gain + c, lanes),
+                 offset = load_lanes<WHOLE>(at.offset + c, lanes);
     Vector sums{}, normal_sums{};
     for (int64_t w = 0; w < rows.size(row); ++w) {
         const Vector normal = (load_lanes<WHOLE>(x + (first + w) * stride + c, lanes) - mean) * rstd;
@@ -224,12 +244,14 @@ void differentiate_row(const GroupNormShape& shape, const float* grad, const flo
     }
 }
 
-// grad_x = grad_x * factor - (x - mean) * slope - constant, in place; the three are in `at` as gain, rstd, offset.
+// grad_x = grad_x * factor - (x - mean) * slope - constant, in place; the three are in `at` as gain, rstd,
+// offset.
 template <bool WHOLE>
-void project_row(const float* x, float* grad_x, int64_t pixels, int64_t stride, int64_t lanes, const Coefficients& at,
-                 int64_t c) {
+void project_row(const float* x, float* grad_x, int64_t pixels, int64_t stride, int64_t lanes,
+                 const Coefficients& at, int64_t c) {
     const Vector mean = load_lanes<WHOLE>(at.mean + c, lanes), factor = load_lanes<WHOLE>(at.gain + c, lanes);
-    const Vector slope = load_lanes<WHOLE>(at.rstd + c, lanes), constant = load_lanes<WHOLE>(at.offset + c, lanes);
+    const Vector slope = load_lanes<WHOLE>(at.rstd + c, lanes),
+                 constant = load_lanes<WHOLE>(at.offset + c, lanes);
     for (int64_t p = 0; p < pixels; ++p) {
         const Vector deviation = load_lanes<WHOLE>(x + p * stride + c, lanes) - mean;
         const Vector inner = load_lanes<WHOLE>(grad_x + p * stride + c, lanes);
@@ -238,8 +260,8 @@ void project_row(const float* x, float* grad_x, int64_t pixels, int64_t stride, 
 }
 
 template <bool SILU>
-void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks& tasks, int64_t begin, int64_t end,
-              Scratch scratch) {
+void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks& tasks, int64_t begin,
+              int64_t end, Scratch scratch) {
     const GroupNormShape& shape = problem.shape;
     const int64_t pixels = shape.pixels(), members = shape.channels_per_group();
     const Rows rows(shape);
@@ -248,7 +270,8 @@ void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks
         const int64_t at_block = block.picture * pixels * shape.channels + block.first_channel;
         const float* x = problem.x + at_block;
         float* grad_x = problem.grad_x + at_block;
-        const float* grad = problem.grad + block.picture * output_pixels(shape) * shape.channels + block.first_channel;
+        const float* grad =
+            problem.grad + block.picture * output_pixels(shape) * shape.channels + block.first_channel;
         double* sum = problem.grad_sum + block.picture * shape.channels + block.first_channel;
         double* normal_sum = problem.grad_normal_sum + block.picture * shape.channels + block.first_channel;
         const Coefficients at(scratch.floats, block.channels);
@@ -265,9 +288,11 @@ void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks
             for (int64_t c = 0; c < block.channels; c += LANES) {
                 const int64_t lanes = smaller(LANES, block.channels - c);
                 if (lanes == LANES)
-                    differentiate_row<SILU, true>(shape, grad, x, grad_x, row, rows, LANES, at, c, sum, normal_sum);
+                    differentiate_row<SILU, true>(shape, grad, x, grad_x, row, rows, LANES, at, c, sum,
+                                                  normal_sum);
                 else
-                    differentiate_row<SILU, false>(shape, grad, x, grad_x, row, rows, lanes, at, c, sum, normal_sum);
+                    differentiate_row<SILU, false>(shape, grad, x, grad_x, row, rows, lanes, at, c, sum,
+                                                   normal_sum);
             }
 
         const double count = static_cast<double>(members * pixels);

@@ -8,10 +8,11 @@ namespace {
 using glide_fast::GroupNormBackward;
 using glide_fast::GroupNormForward;
 
-void forward(const GroupNormForward& problem, const GroupNormTasks& tasks, int64_t begin, int64_t end, Scratch scratch) {
+void forward(const GroupNormForward& problem, const GroupNormTasks& tasks, int64_t begin, int64_t end,
+             Scratch scratch) {
     if (problem.shape.channels_last)
-        (problem.shape.silu ? channels_last::forward<true> : channels_last::forward<false>)(problem, tasks, begin, end,
-                                                                                            scratch);
+        (problem.shape.silu ? channels_last::forward<true>
+                            : channels_last::forward<false>)(problem, tasks, begin, end, scratch);
     else
         (problem.shape.silu ? planar::forward<true> : planar::forward<false>)(problem, begin, end, scratch);
 }
@@ -19,8 +20,8 @@ void forward(const GroupNormForward& problem, const GroupNormTasks& tasks, int64
 void backward(const GroupNormBackward& problem, const GroupNormTasks& tasks, int64_t begin, int64_t end,
               Scratch scratch) {
     if (problem.shape.channels_last)
-        (problem.shape.silu ? channels_last::backward<true> : channels_last::backward<false>)(problem, tasks, begin,
-                                                                                              end, scratch);
+        (problem.shape.silu ? channels_last::backward<true>
+                            : channels_last::backward<false>)(problem, tasks, begin, end, scratch);
     else
         (problem.shape.silu ? planar::backward<true> : planar::backward<false>)(problem, begin, end, scratch);
 }

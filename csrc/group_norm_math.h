@@ -18,7 +18,8 @@ inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// Mean and sum of squared deviations of a growing set (Chan, Golub & LeVeque 1983): no cancellation at any offset.
+// Mean and sum of squared deviations of a growing set (Chan, Golub & LeVeque 1983): no cancellation at any
+// offset.
 struct Moments {
     double count = 0, mean = 0, squares = 0;
 

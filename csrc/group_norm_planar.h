@@ -18,7 +18,8 @@ inline Moments moments_of(const float* x, int64_t count) {
             for (int64_t k = 0; k < 4; ++k) sums[k] += load(run + i + k * LANES);
         for (; i < whole; i += LANES) sums[0] += load(run + i);
         if (rest) sums[1] += load_first(run + whole, rest);
-        const float middle = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(length);
+        const float middle =
+            sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(length);
 
         // Deviations from `middle`, which need not be the exact mean: what is left of it is corrected below.
         Vector residuals[2] = {}, squares[2] = {};
@@ -74,16 +75,18 @@ inline void spread(const GroupNormShape& shape, const float* plane, float* outpu
         }
 }
 
-// factor * the sum of the pixels that fall on each pixel at half the size (height and width are those of `plane`).
-inline void gather(const GroupNormShape& shape, const float* plane, float* output, int64_t depth, int64_t height,
-                   int64_t width, float factor) {
+// factor * the sum of the pixels that fall on each pixel at half the size (height and width are those of
+// `plane`).
+inline void gather(const GroupNormShape& shape, const float* plane, float* output, int64_t depth,
+                   int64_t height, int64_t width, float factor) {
     const int64_t out_depth = depth / shape.factor_depth, out_height = height / shape.factor_height;
     for (int64_t d = 0; d < out_depth; ++d)
         for (int64_t h = 0; h < out_height; ++h) {
             float* target = output + (d * out_height + h) * (width / 2);
             for (int64_t part = 0; part < shape.factor_depth * shape.factor_height; ++part) {
                 const int64_t slice = d * shape.factor_depth + part / shape.factor_height;
-                const float* source = plane + (slice * height + h * shape.factor_height + part % shape.factor_height) * width;
+                const float* source =
+                    plane + (slice * height + h * shape.factor_height + part % shape.factor_height) * width;
                 if (part == 0)
                     for (int64_t w = 0; w < width / 2; ++w) target[w] = source[2 * w] + source[2 * w + 1];
                 else
@@ -93,9 +96,11 @@ inline void gather(const GroupNormShape& shape, const float* plane, float* outpu
         }
 }
 
-// The adjoint of averaging: each pixel's share of the gradient of the pixel it went into; zero where it was dropped.
+// The adjoint of averaging: each pixel's share of the gradient of the pixel it went into; zero where it was
+// dropped.
 inline void share(const GroupNormShape& shape, const float* grad, float* plane, float factor) {
-    const int64_t out_depth = shape.depth / shape.factor_depth, out_height = shape.height / shape.factor_height;
+    const int64_t out_depth = shape.depth / shape.factor_depth,
+                  out_height = shape.height / shape.factor_height;
     const int64_t out_width = shape.width / 2;
     for (int64_t d = 0; d < shape.depth; ++d)
         for (int64_t h = 0; h < shape.height; ++h) {
@@ -132,16 +137,19 @@ void forward(const glide_fast::GroupNormForward& problem, int64_t begin, int64_t
             apply<SILU>(plane, target, pixels, mean, by, affine.offset - lost * by);
             if (shape.resample == Resample::UP) spread(shape, target, output);
             if (shape.resample == Resample::DOWN)
-                gather(shape, target, output, shape.depth, shape.height, shape.width, 1.0f / static_cast<float>(factor));
+                gather(shape, target, output, shape.depth, shape.height, shape.width,
+                       1.0f / static_cast<float>(factor));
         }
     }
 }
 
-// Writes the gradient before the affine map to grad_x, and returns its sum and its product with the normalised x.
+// Writes the gradient before the affine map to grad_x, and returns its sum and its product with the
+// normalised x.
 template <bool SILU>
 void differentiate(const float* grad, const float* x, float* grad_x, int64_t count, float mean, float rstd,
                    Affine affine, double* sum, double* normal_sum) {
-    const Vector shift = splat(mean), by = splat(rstd), gain = splat(affine.gain), plus = splat(affine.offset);
+    const Vector shift = splat(mean), by = splat(rstd), gain = splat(affine.gain),
+                 plus = splat(affine.offset);
     double total = 0, normal_total = 0;
     for (int64_t begin = 0; begin < count; begin += CHUNK) {
         const int64_t end = smaller(begin + CHUNK, count);
@@ -169,7 +177,8 @@ void differentiate(const float* grad, const float* x, float* grad_x, int64_t cou
 }
 
 // grad_x = grad_x * factor - (x - mean) * slope - constant, in place
-inline void project(const float* x, float* grad_x, int64_t count, float mean, float factor, float slope, float constant) {
+inline void project(const float* x, float* grad_x, int64_t count, float mean, float factor, float slope,
+                    float constant) {
     const Vector shift = splat(mean), by = splat(factor), along = splat(slope), minus = splat(constant);
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES)
@@ -182,7 +191,8 @@ void backward(const glide_fast::GroupNormBackward& problem, int64_t begin, int64
     const GroupNormShape& shape = problem.shape;
     const int64_t pixels = shape.pixels(), members = shape.channels_per_group();
     const int64_t factor = resample_factor(shape);
-    const int64_t wide_depth = shape.depth * shape.factor_depth, wide_height = shape.height * shape.factor_height;
+    const int64_t wide_depth = shape.depth * shape.factor_depth,
+                  wide_height = shape.height * shape.factor_height;
     const int64_t outputs = output_pixels(shape);
     for (int64_t task = begin; task < end; ++task) {
         const int64_t picture = task / shape.groups, first = task % shape.groups * members;
@@ -194,10 +204,11 @@ void backward(const glide_fast::GroupNormBackward& problem, int64_t begin, int64
             const float* grad = problem.grad + row * outputs;
             if (shape.resample == Resample::UP)
                 gather(shape, grad, scratch.floats, wide_depth, wide_height, 2 * shape.width, 1.0f);
-            if (shape.resample == Resample::DOWN) share(shape, grad, scratch.floats, 1.0f / static_cast<float>(factor));
+            if (shape.resample == Resample::DOWN)
+                share(shape, grad, scratch.floats, 1.0f / static_cast<float>(factor));
             if (shape.resample != Resample::NONE) grad = scratch.floats;
-            differentiate<SILU>(grad, problem.x + row * pixels, problem.grad_x + row * pixels, pixels, mean, rstd, affine,
-                                problem.grad_sum + row, problem.grad_normal_sum + row);
+            differentiate<SILU>(grad, problem.x + row * pixels, problem.grad_x + row * pixels, pixels, mean,
+                                rstd, affine, problem.grad_sum + row, problem.grad_normal_sum + row);
             group_sum += affine.gain * problem.grad_sum[row];
             group_normal_sum += affine.gain * problem.grad_normal_sum[row];
         }
@@ -207,7 +218,8 @@ void backward(const glide_fast::GroupNormBackward& problem, int64_t begin, int64
         for (int64_t member = 0; member < members; ++member) {
             const int64_t row = task * members + member;
             const float by = affine_of(problem, picture, first + member).gain * rstd;
-            project(problem.x + row * pixels, problem.grad_x + row * pixels, pixels, mean, by, slope, constant);
+            project(problem.x + row * pixels, problem.grad_x + row * pixels, pixels, mean, by, slope,
+                    constant);
         }
     }
 }

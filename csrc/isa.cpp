@@ -65,8 +65,8 @@ void select_isa(const std::string& name) {
         }
         runnable += (runnable.empty() ? "" : ", ") + std::string(variant.name);
     }
-    throw std::invalid_argument("instruction set '" + name + "' is unknown or not supported by this CPU; use one of " +
-                                runnable);
+    throw std::invalid_argument("instruction set '" + name +
+                                "' is unknown or not supported by this CPU; use one of " + runnable);
 }
 
 }  // namespace glide_fast

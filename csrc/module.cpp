@@ -1,7 +1,7 @@
 // glide_fast._C: facts about the build, and the switch of instruction sets. Loading it registers the ops.
 //
-// Written against Python's limited API rather than pybind11: with torch's stable ABI one file then serves every
-// Python from 3.10 and every torch from 2.10, and four small functions need no binding library.
+// Written against Python's limited API rather than pybind11: with torch's stable ABI one file then serves
+// every Python from 3.10 and every torch from 2.10, and four small functions need no binding library.
 #include <Python.h>
 
 #include <stdexcept>
@@ -51,13 +51,21 @@ PyObject* compiler(PyObject*, PyObject*) {
 PyMethodDef METHODS[] = {
     {"capability", capability, METH_NOARGS, "Name of the instruction set in use."},
     {"capabilities", capabilities, METH_NOARGS, "Names of those that this CPU can run, slowest first."},
-    {"select", select, METH_O, "Use the named instruction set from now on; ValueError if it cannot run here."},
+    {"select", select, METH_O,
+     "Use the named instruction set from now on; ValueError if it cannot run here."},
     {"compiler", compiler, METH_NOARGS, "The compiler that built this library."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_C", "Facts about the compiled ops of glide_fast.", -1, METHODS,
-                      nullptr,               nullptr, nullptr, nullptr};
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "Facts about the compiled ops of glide_fast.",
+                      -1,
+                      METHODS,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 

@@ -1,8 +1,9 @@
-// A small float vector over the compiler's vector extensions (GCC, Clang): written once, compiled for each ISA.
+// A small float vector over the compiler's vector extensions (GCC, Clang): written once, compiled for each
+// ISA.
 //
-// VECTOR_BYTES comes from the build (16, 32 or 64). Everything here is in an anonymous namespace, and no standard
-// header is used: an inline function with external linkage that was compiled for AVX-512 could otherwise be the
-// copy that the linker keeps for the generic code.
+// VECTOR_BYTES comes from the build (16, 32 or 64). Everything here is in an anonymous namespace, and no
+// standard header is used: an inline function with external linkage that was compiled for AVX-512 could
+// otherwise be the copy that the linker keeps for the generic code.
 #pragma once
 
 #include <stdint.h>
@@ -59,9 +60,9 @@ inline float sum_of_lanes(Vector value) {
     return sum;
 }
 
-// e^x within 2 ulp for |x| <= 87; beyond, the value at the limit (so that nothing overflows or becomes denormal).
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a minimax polynomial (fitted for this file, error 8e-9); 2^n by its
-// exponent bits.
+// e^x within 2 ulp for |x| <= 87; beyond, the value at the limit (so that nothing overflows or becomes
+// denormal). x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a minimax polynomial (fitted for this file, error
+// 8e-9); 2^n by its exponent bits.
 inline Vector exponential(Vector x) {
     constexpr float LIMIT = 87.0f;
     constexpr float LOG2_E = 1.44269504f;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -66,7 +67,13 @@ def find_font() -> Path:
             raise FileNotFoundError(f"{FONT_VARIABLE} is {chosen!r}, which is not a file; {help_text}")
         return Path(chosen)
     data_home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    folders = (f"{data_home}/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts")
+    folders = (
+        f"{sys.prefix}/share/fonts",
+        f"{data_home}/fonts",
+        "~/.fonts",
+        "/usr/local/share/fonts",
+        "/usr/share/fonts",
+    )
     for folder in folders:
         for found in sorted(Path(folder).expanduser().rglob(FONT_FILE)):
             return found

@@ -1,13 +1,15 @@
 """The hot operations of the networks, one public function each; the dispatcher picks who computes them.
 
-Importing this package loads the compiled C++ library and the Triton kernels where they were built; where they were
-not, the reference serves, and `implementations()` says why.
+Importing this package loads the compiled C++ library and the Triton kernels where they were built; where they
+were not, the reference serves, and `implementations()` says why.
 """
 
+from glide_fast.ops import attention_cpu
 from glide_fast.ops.attention import attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
 from glide_fast.ops.group_norm import Activation, Resample, group_norm
 
+attention_cpu.register()
 load_compiled()
 
 __all__ = [

@@ -2,8 +2,8 @@
 
     y = softmax(query [text_key, key]^T / sqrt(D)) [text_value, value]
 
-Nichol et al., "GLIDE" (2021), https://arxiv.org/abs/2112.10741, section 2.1: text keys and values are concatenated
-to those of each attention layer.
+Nichol et al., "GLIDE" (2021), https://arxiv.org/abs/2112.10741, section 2.1: text keys and values are
+concatenated to those of each attention layer.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ FORWARD = define(
 )
 BACKWARD = define(
     "attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? text_key, Tensor? text_value, Tensor output,"
-    " Tensor log_sum) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? text_key, Tensor? text_value,"
+    " Tensor output, Tensor log_sum) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.attention_backward,
     _fake_backward,
 )
@@ -93,7 +93,7 @@ class _Attention(torch.autograd.Function):
 
 def _autograd(keyset: Any, *args: Any) -> Any:
     if needs_gradient(args):
-        return _Attention.apply(keyset, *args)
+        return _Attention.apply(keyset, *args)  # type: ignore[no-untyped-call]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -110,7 +110,8 @@ def _check(
     batch, _, heads, dim = query.shape
     if key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the query's shape {tuple(query.shape)}"
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the query's shape "
+            f"{tuple(query.shape)}"
         )
     if (text_key is None) != (text_value is None):
         raise ValueError("text_key and text_value belong together; give both or neither")
@@ -136,8 +137,8 @@ def attention(
 ) -> Tensor:
     """Multi-head self-attention whose keys and values are the text's followed by the image's.
 
-    Products and softmax are computed in fp32 (fp64 for fp64 input); the scale 1/sqrt(D) is applied as D**-0.25 to
-    both query and key. There is no mask: padding is part of the text.
+    Products and softmax are computed in fp32 (fp64 for fp64 input); the scale is 1/sqrt(D), in the reference as
+    D**-0.25 on both query and key. There is no mask: padding is part of the text.
 
     Args:
         query: [B, T, N, D], any strides (views of one qkv projection are fine).

@@ -43,8 +43,12 @@ class Implementation:
 
 
 _references: dict[Any, Callable[..., Any]] = {}
-_served: dict[tuple[str, str], tuple[str, str]] = {}  # (op, device key) -> name and reason of the implementation
-_missing = dict.fromkeys(DEVICE_KEYS, "no library was loaded")  # why a device key has nothing but the reference
+_served: dict[
+    tuple[str, str], tuple[str, str]
+] = {}  # (op, device key) -> name and reason of the implementation
+_missing = dict.fromkeys(
+    DEVICE_KEYS, "no library was loaded"
+)  # why a device key has nothing but the reference
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -78,9 +82,7 @@ def differentiable(name: str, function: Callable[..., Any]) -> None:
 
 def needs_gradient(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether autograd has to see an op called on these tensors."""
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def implement(op: str, device: str, function: Callable[..., Any], *, name: str, reason: str) -> None:
@@ -137,7 +139,9 @@ def cpp_library() -> Any | None:
 
 def _load_cpp() -> str:
     if importlib.util.find_spec("glide_fast._C") is None:
-        return "the C++ library is not built (python setup.py build_ext --inplace, or reinstall with a compiler)"
+        return (
+            "the C++ library is not built (python setup.py build_ext --inplace, or reinstall with a compiler)"
+        )
     try:
         library = importlib.import_module("glide_fast._C")
     except ImportError as error:

@@ -2,8 +2,8 @@
 
     y = resample(activation((normalise(x) * weight + bias) * (1 + scale) + shift))
 
-Wu & He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494; scale and shift as in Dhariwal & Nichol,
-"Diffusion Models Beat GANs" (2021), https://arxiv.org/abs/2105.05233, section 3 ("adaptive group normalization").
+Wu & He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494; scale and shift as in the "adaptive group
+normalization" of Dhariwal & Nichol, "Diffusion Models Beat GANs" (2021), https://arxiv.org/abs/2105.05233.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def _fake_backward(
 
 FORWARD = define(
     "group_norm",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu, int mode)"
-    " -> (Tensor output, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu,"
+    " int mode) -> (Tensor output, Tensor mean, Tensor rstd)",
     reference.group_norm,
     _fake_forward,
 )
 BACKWARD = define(
     "group_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd,"
-    " bool silu, int mode) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean,"
+    " Tensor rstd, bool silu, int mode) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.group_norm_backward,
     _fake_backward,
 )
@@ -120,7 +120,7 @@ class _GroupNorm(torch.autograd.Function):
 
 def _autograd(keyset: Any, *args: Any) -> Any:
     if needs_gradient(args[:5]):
-        return _GroupNorm.apply(keyset, *args)
+        return _GroupNorm.apply(keyset, *args)  # type: ignore[no-untyped-call]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -178,8 +178,8 @@ def group_norm(
         scale: [B, C], FiLM's factor minus one; together with shift, or None.
         shift: [B, C], FiLM's summand.
         activation: "none" or "silu", after FiLM.
-        resample: "up" repeats each pixel twice along each dimension of space, "down" averages pairs (an odd last
-            row is dropped), "none" keeps the size.
+        resample: "up" repeats each pixel twice along each dimension of space, "down" averages pairs (an odd
+            last row is dropped), "none" keeps the size.
 
     Returns:
         [B, C, *resampled space] in the dtype of x. Differentiable once.

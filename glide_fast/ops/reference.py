@@ -7,13 +7,18 @@ Shapes: B batch, C channels, H W space, P pixels, T queries, S text positions, N
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RESAMPLE_NONE, RESAMPLE_UP, RESAMPLE_DOWN = 0, 1, 2
-_AVERAGE_POOL = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+_AVERAGE_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
+    3: F.avg_pool1d,
+    4: F.avg_pool2d,
+    5: F.avg_pool3d,
+}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -72,7 +77,7 @@ def group_norm(
     silu: bool,
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = resample(silu((normalise(x) * weight + bias) * (1 + scale) + shift)), mean [B, G], 1/deviation [B, G]."""
+    """y = resample(silu((normalise(x) * weight + bias) * (1 + scale) + shift)), mean and 1/deviation [B, G]."""
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     grouped = wide.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
@@ -162,7 +167,7 @@ def attention(
     text_key: Tensor | None,  # [B, S, N, D]
     text_value: Tensor | None,  # [B, S, N, D]
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query [text_key, key]^T / sqrt(D)) [text_value, value]: [B, T, N, D]; log of the softmax's sum [B, N, T]."""
+    """softmax(query [text_key, key]^T / sqrt(D)) [text_value, value] [B, T, N, D], log of its sum [B, N, T]."""
     wide_query, wide_key, wide_value = _attention_inputs(query, key, value, text_key, text_value)
     scores = wide_query @ wide_key.transpose(2, 3)
     log_sum = scores.logsumexp(dim=3)
