@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +19,6 @@ else:
 Config = TypeVar("Config")
 
 
-@cache
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
@@ -30,18 +29,29 @@ def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config
     Raises:
         ValueError: lists every unknown, missing or ill-typed field with its path and value.
     """
-    unknown = _unknown_fields(kind, values)
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{source} does not describe a {kind.__name__}: it is no table of fields but {values!r}"
+        )
+    problems = _unknown_fields(kind, values)
     try:
         config: Config = _adapter(kind).validate_python(values)
     except ValidationError as error:
-        problems = [
-            f"  {'.'.join(str(part) for part in each['loc'])}: {each['msg']} (got {each['input']!r})"
-            for each in error.errors()
-        ]
-        raise ValueError("\n".join([f"{source} does not describe a {kind.__name__}:", *unknown, *problems])) from None
-    if unknown:
-        raise ValueError("\n".join([f"{source} does not describe a {kind.__name__}:", *unknown]))
+        problems += [_explain(problem) for problem in error.errors()]
+    if problems:
+        raise ValueError("\n  ".join([f"{source} does not describe a {kind.__name__}:", *problems])) from None
     return config
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """A line for one of pydantic's errors; a rule of the dataclass itself speaks for itself."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        reason = str(problem["ctx"]["error"])
+        return f"{where}: {reason}" if where else reason
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    return f"{where}: {problem['msg']} (got {problem['input']!r})"
 
 
 def _unknown_fields(kind: type[Any], values: dict[str, Any], path: str = "") -> list[str]:
@@ -50,7 +60,7 @@ def _unknown_fields(kind: type[Any], values: dict[str, Any], path: str = "") -> 
     lines = []
     for name, value in values.items():
         if name not in known:
-            lines.append(f"  {path}{name}: no such field; the fields are {', '.join(known)}")
+            lines.append(f"{path}{name}: no such field; the fields are {', '.join(known)}")
         elif isinstance(value, dict):
             for nested in _nested_dataclasses(kind, name):
                 lines += _unknown_fields(nested, value, f"{path}{name}.")
@@ -58,10 +68,8 @@ def _unknown_fields(kind: type[Any], values: dict[str, Any], path: str = "") -> 
 
 
 def _nested_dataclasses(kind: type[Any], name: str) -> list[type[Any]]:
-    import typing
-
-    hint = typing.get_type_hints(kind)[name]
-    options = typing.get_args(hint) or (hint,)
+    hint = get_type_hints(kind)[name]
+    options = get_args(hint) or (hint,)
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
@@ -73,7 +81,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_json(kind: type[Config], text: str, source: str) -> Config:
     """Build the dataclass ``kind`` from a JSON object; errors as :func:`from_dict`."""
-    return from_dict(kind, json.loads(text), source)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    return from_dict(kind, values, source)
 
 
 def to_json(config: Any) -> str:
@@ -92,6 +104,6 @@ def load_toml(kind: type[Config], path: Path) -> Config:
         raise FileNotFoundError(f"no config file {path}; the recipes that ship are in configs/")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     return from_dict(kind, values, str(path))

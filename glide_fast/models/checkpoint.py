@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,13 @@ class ModelConfig:
     steps: int = 1000
 
 
+class LoadedModel(NamedTuple):
+    """A network and what must be known to sample from it."""
+
+    network: UNet
+    config: ModelConfig
+
+
 def save_model(
     path: Path, config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float16
 ) -> None:
@@ -35,7 +43,7 @@ def save_model(
         save_file(tensors, temporary, metadata={METADATA_KEY: to_json(config)})
 
 
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[UNet, ModelConfig]:
+def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Read a model written by :func:`save_model`, in eval mode, with weights of ``dtype``.
 
     Raises:
@@ -57,7 +65,7 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[UNet,
         model = UNet(config.unet)
     check_fits(model, state, str(path))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    return model.eval().requires_grad_(False), config
+    return LoadedModel(model.eval().requires_grad_(False), config)
 
 
 def check_fits(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -1,7 +1,7 @@
 """What a U-Net can be conditioned on besides the timestep: text, a low-resolution picture, a masked picture.
 
-Text becomes a vector added to the timestep embedding and a sequence that every attention block reads; pictures become
-extra input channels (GLIDE, arXiv 2112.10741, sections 3.1, 3.2 and 4).
+Text becomes a vector added to the timestep embedding and a sequence that every attention block reads;
+pictures become extra input channels (GLIDE, arXiv 2112.10741, sections 3.1, 3.2 and 4).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from glide_fast.models.transformer import LayerNorm, Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The text transformer: ``tokenizer`` names the vocabulary, ``vocabulary`` counts it, ``context`` is its length."""
+    """The text transformer, which reads ``context`` tokens of the ``vocabulary`` that ``tokenizer`` has."""
 
     tokenizer: str = "glide"
     vocabulary: int = 50257
@@ -32,14 +32,17 @@ class TextConfig:
 
 
 class TextEncoding(NamedTuple):
-    """A prompt as the U-Net reads it: ``pooled`` [B, E] joins the timestep, ``sequence`` [B, S, width] the attention."""
+    """A prompt as the U-Net reads it.
+
+    ``pooled`` [B, E] joins the timestep embedding, ``sequence`` [B, S, width] the attention.
+    """
 
     pooled: Tensor
     sequence: Tensor
 
 
 class MaskedImage(NamedTuple):
-    """A picture [B, 3, H, W] in [-1, 1] and the mask [B, 1, H, W] of its known pixels (1 known, 0 to paint)."""
+    """A picture [B, 3, H, W] in [-1, 1] and the mask [B, 1, H, W] of what is known (1 known, 0 to paint)."""
 
     image: Tensor
     mask: Tensor
@@ -61,13 +64,15 @@ class TextConditioned(nn.Module):
         self.transformer_proj = Linear(width, embedding_channels)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> TextEncoding:
-        """Encode tokens [B, S] with their mask [B, S] (true where a token is); ``dtype`` is the transformer's.
+        """Encode tokens [B, S] with their mask [B, S] (true at a token); ``dtype`` is the transformer's.
 
         The pooled text is the last position, padded or not.
         """
         context = self.positional_embedding.shape[0]
         if tokens.shape[-1] != context:
-            raise ValueError(f"tokens have length {tokens.shape[-1]}, the model's context is {context}; pad or cut to it")
+            raise ValueError(
+                f"tokens have length {tokens.shape[-1]}, the model's context is {context}; pad or cut to it"
+            )
         x = self.token_embedding(tokens) + self.positional_embedding
         if hasattr(self, "padding_embedding"):
             if mask is None:

@@ -1,8 +1,8 @@
 """The pieces every U-Net of the family is made of: residual block, attention block, resampling, embeddings.
 
-Submodules that upstream numbers (``in_layers.0``, ``emb_layers.1`` …) keep those numbers as names, so that published
-checkpoints load without renaming. Weights follow the activations' dtype at use: float32 parameters with bfloat16
-activations is mixed precision with float32 master weights, and no autocast is involved.
+Submodules that upstream numbers (``in_layers.0``, ``emb_layers.1`` …) keep those numbers as names, so that
+published checkpoints load without renaming. Weights follow the activations' dtype at use: float32 parameters
+with bfloat16 activations is mixed precision with float32 master weights, and no autocast is involved.
 
 Sources: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), ADM (2105.05233), GLIDE (2112.10741).
 """
@@ -23,10 +23,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of the timesteps, cosines first: [B] -> [B, channels] float32 (Attention Is All You Need, 3.5).
+    """Sinusoids of timesteps, cosines first: [B] -> [B, channels] float32 (Attention Is All You Need, 3.5).
 
-    The frequency table is computed in float32 on the CPU, whatever the device: a last-bit difference in ``exp`` is
-    multiplied by the timestep.
+    The frequency table is computed in float32 on the CPU, whatever the device: a last-bit difference in
+    ``exp`` is multiplied by the timestep.
     """
     half = channels // 2
     exponents = torch.arange(half, dtype=torch.float32) / half
@@ -66,7 +66,7 @@ class PointwiseConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm over 32 groups with float32 statistics, and what follows it in a U-Net fused in: FiLM, SiLU, resampling."""
+    """GroupNorm over 32 groups, float32 statistics, fused with what follows it: FiLM, SiLU, resampling."""
 
     groups = 32
 
@@ -135,7 +135,8 @@ class Downsample(nn.Module):
 class ResBlock(nn.Module):
     """Two GroupNorm-SiLU-convolution layers around the timestep, with a residual path (ADM, section 3).
 
-    The embedding enters between them: as FiLM scale and shift of the second norm (``scale_shift_norm``) or added.
+    The embedding enters between them: as FiLM scale and shift of the second norm (``scale_shift_norm``) or
+    added.
     ``resample`` moves the up- or downsampling of a level into the block.
     """
 
@@ -170,7 +171,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, C, H, W], embedding [B, E] with its SiLU already applied -> [B, out, H', W']."""
-        h = self.in_layers["0"](x, activation="silu", resample=self.resample)
+        h: Tensor = self.in_layers["0"](x, activation="silu", resample=self.resample)
         h = self.in_layers["2"](h)
         modulation = self.emb_layers["1"](embedding).to(h.dtype)
         if self.scale_shift_norm:
@@ -179,16 +180,19 @@ class ResBlock(nn.Module):
         else:
             h = self.out_layers["0"](h + modulation[:, :, None, None], activation="silu")
         h = self.out_layers["3"](self.out_layers["2"](h))
-        return self.skip_connection(resample_nearest(x, self.resample)) + h
+        skip: Tensor = self.skip_connection(resample_nearest(x, self.resample))
+        return skip + h
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a map, with text keys and values beside the image's where there is text."""
+    """Self-attention over the pixels of a map, which attend to the text as well where there is one."""
 
     def __init__(self, channels: int, heads: int, text_channels: int | None = None) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(f"channels {channels} are not divisible by {heads} heads; use a divisor of {channels}")
+            raise ValueError(
+                f"channels {channels} are not divisible by {heads} heads; use a divisor of {channels}"
+            )
         self.heads = heads
         self.norm = GroupNorm(channels)
         self.qkv = PointwiseConv(channels, 3 * channels)
@@ -203,12 +207,12 @@ class AttentionBlock(nn.Module):
         if self.encoder_kv is not None and text is not None:
             text_key, text_value = self._split(self.encoder_kv(text), 2)
         attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
-        projected = self.proj_out(attended.flatten(2))
+        projected: Tensor = self.proj_out(attended.flatten(2))
         return x + projected.transpose(1, 2).view_as(x)
 
     def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, T, N·parts·D], interleaved a head -> ``parts`` views [B, T, N, D]."""
-        return projection.unflatten(2, (self.heads, parts, -1)).unbind(3)
+        return torch.unflatten(projection, 2, (self.heads, parts, -1)).unbind(3)
 
 
 def zeroed(module: Module) -> Module:

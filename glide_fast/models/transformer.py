@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,9 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes in the dtype of its parameters (float32) and answers in that of its input."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.layer_norm(
+            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
+        ).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -26,8 +29,9 @@ class SelfAttention(nn.Module):
         self.c_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        query, key, value = self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).unbind(3)
-        return self.c_proj(ops.attention(query, key, value).flatten(2))
+        query, key, value = torch.unflatten(self.c_qkv(x), 2, (self.heads, 3, -1)).unbind(3)
+        out: Tensor = self.c_proj(ops.attention(query, key, value).flatten(2))
+        return out
 
 
 class Perceptron(nn.Module):
@@ -39,7 +43,8 @@ class Perceptron(nn.Module):
         self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return out
 
 
 class TransformerBlock(nn.Module):
@@ -54,7 +59,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        branch: Tensor = self.mlp(self.ln_2(x))
+        return x + branch
 
 
 class Transformer(nn.Module):
@@ -63,12 +69,14 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"text width {width} is not divisible by {heads} heads; use a divisor of {width}")
+            raise ValueError(
+                f"text width {width} is not divisible by {heads} heads; use a divisor of {width}"
+            )
         self.resblocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self._initialise(layers)
 
     def _initialise(self, layers: int) -> None:
-        """Normal weights of variance 1/fan-in; the branches' last layers smaller, so that depth keeps the scale."""
+        """Normal weights of variance 1/fan-in; a branch's last is smaller, so that depth keeps the scale."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = (2 * layers) ** -0.5 if "c_proj" in name else 1.0

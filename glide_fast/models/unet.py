@@ -1,4 +1,4 @@
-"""The U-Net of the family: DDPM's, with ADM's residual blocks and GLIDE's text (arXiv 2105.05233, 2112.10741).
+"""The U-Net of the family: DDPM's, with ADM's blocks and GLIDE's text (arXiv 2105.05233, 2112.10741).
 
 Layout, numbering and parameter names are upstream's; what a model is conditioned on is composed from
 :mod:`glide_fast.models.conditioning`. Inside, activations are channels-last from the first layer to the last.
@@ -84,7 +84,10 @@ class Stage(nn.ModuleList):
 
 
 class UNet(TextConditioned):
-    """Predicts the noise (and the variance) of a picture at a timestep; ``compute_dtype`` is that of the activations."""
+    """Predicts the noise (and the variance) of a picture at a timestep.
+
+    ``compute_dtype`` is the dtype of the activations.
+    """
 
     def __init__(self, config: UNetConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -102,7 +105,11 @@ class UNet(TextConditioned):
         widths = self._add_encoder()
         middle = widths[-1]
         self.middle_block = Stage(
-            [self._res_block(middle, middle), self._attention(middle, config.heads), self._res_block(middle, middle)]
+            [
+                self._res_block(middle, middle),
+                self._attention(middle, config.heads),
+                self._res_block(middle, middle),
+            ]
         )
         out = self._add_decoder(widths)
         self.out = nn.ModuleDict(
@@ -161,7 +168,7 @@ class UNet(TextConditioned):
         return widths
 
     def _add_decoder(self, skips: list[int]) -> int:
-        """Create ``output_blocks``, which consume the skips from the last; the final channels are returned."""
+        """Create ``output_blocks``, which consume the skips from the last; the final channels return."""
         config = self.config
         skips = list(skips)
         width = skips[-1]
@@ -211,7 +218,8 @@ class UNet(TextConditioned):
             [B, out_channels, H, W] in the dtype of ``x``: the noise, then the variance where it is learned.
 
         Raises:
-            ValueError: a condition is missing, or is not one of this model.
+            ValueError: a condition is missing, given twice, or not one of this model, or the size does not
+                fit.
         """
         config = self.config
         self._check_conditions(x, tokens, text, low_res, known, labels)
@@ -219,15 +227,15 @@ class UNet(TextConditioned):
         embedding = self.time_embed["2"](F.silu(self.time_embed["0"](embedding)))
         if labels is not None:
             embedding = embedding + self.label_emb(labels)
-        if config.text is not None:
-            if text is None:
-                assert tokens is not None
-                text = self.text(tokens, mask)
+        if tokens is not None:
+            text = self.text(tokens, mask)
+        if text is not None:
             embedding = embedding + text.pooled.to(embedding.dtype)
         h = self._input(x, low_res, known)
         h = self._body(h, F.silu(embedding), None if text is None else text.sequence)
         h = self.out["0"](h.to(x.dtype), activation="silu")
-        return self.out["2"](h).contiguous()
+        out: Tensor = self.out["2"](h)
+        return out.contiguous()
 
     def _input(self, x: Tensor, low_res: Tensor | None, known: MaskedImage | None) -> Tensor:
         pictures = [x]
@@ -260,13 +268,21 @@ class UNet(TextConditioned):
         config = self.config
         stride = 2 ** (len(config.channel_mult) - 1)
         if x.shape[-1] % stride or x.shape[-2] % stride:
-            raise ValueError(f"picture size {tuple(x.shape[-2:])} is not divisible by {stride}, as its levels need")
+            raise ValueError(
+                f"picture size {tuple(x.shape[-2:])} is not divisible by {stride}, as its levels need"
+            )
+        if tokens is not None and text is not None:
+            raise ValueError("tokens and text are both given; give the prompt once, as tokens or encoded")
         given = {
             "text": tokens is not None or text is not None,
             "low_res": low_res is not None,
             "labels": labels is not None,
         }
-        needed = {"text": config.text is not None, "low_res": config.low_res, "labels": config.classes is not None}
+        needed = {
+            "text": config.text is not None,
+            "low_res": config.low_res,
+            "labels": config.classes is not None,
+        }
         for name, is_needed in needed.items():
             if given[name] != is_needed:
                 problem = "needs" if is_needed else "is not conditioned on"

@@ -1,4 +1,4 @@
-"""From prompts to pictures: a base stage, then an upsampler, each one model, one sampler and one schedule.
+"""From prompts to pictures: a base model, then an upsampler, each with its sampler and its steps.
 
 GLIDE (arXiv 2112.10741): the base model is guided, the upsampler is conditioned on its quantised pictures.
 """
@@ -11,86 +11,98 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from glide_fast.data.images import to_uint8
 from glide_fast.diffusion import GaussianDiffusion, Schedule
-from glide_fast.models import ModelConfig, UNet, load_model
-from glide_fast.sampling.denoiser import Denoiser, PerImageNoise, initial_noise
+from glide_fast.models import LoadedModel, MaskedImage, ModelConfig, load_model
+from glide_fast.sampling.denoiser import Denoiser, NoiseSource, PerImageNoise, initial_noise
 from glide_fast.sampling.guidance import classifier_free
+from glide_fast.sampling.inpainting import keep_known
 from glide_fast.sampling.samplers import find_sampler
 from glide_fast.text.tokenizer import get_tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """How one model is sampled: which sampler, how many steps of its schedule, how strongly guided.
+    """How one model is sampled.
 
-    ``steps`` is a number of evenly spread steps; guidance 1 is the plain conditional model.
+    ``steps`` is a number of evenly spread steps of its schedule, or a respacing such as "fast27" or
+    "10,15,20"; ``guidance`` 1 is the plain conditional model, 0 ignores the prompt; ``temperature`` scales
+    the first noise.
     """
 
     sampler: str = "ddim"
-    steps: int = 50
+    steps: int | str = 50
     guidance: float = 3.0
+    temperature: float = 1.0
 
     def diffusion(self, config: ModelConfig) -> GaussianDiffusion:
         """The model's schedule, respaced to these steps.
 
         Raises:
-            ValueError: steps are not in 2 .. the schedule's length.
+            ValueError: steps are not in 2 .. the schedule's length, or are no respacing.
         """
-        if not 2 <= self.steps <= config.steps:
-            raise ValueError(f"steps {self.steps} must lie in 2 .. {config.steps}; 25 to 100 is usual")
-        spacing = f"ddim{self.steps}" if config.steps % self.steps == 0 else str(self.steps)
-        return GaussianDiffusion(schedule=Schedule.create(config.schedule, config.steps, spacing))
+        steps = self.steps
+        if isinstance(steps, int):
+            if not 2 <= steps <= config.steps:
+                raise ValueError(f"steps {steps} must lie in 2 .. {config.steps}; 25 to 100 is usual")
+            steps = f"ddim{steps}" if config.steps % steps == 0 else str(steps)
+        return GaussianDiffusion(schedule=Schedule.create(config.schedule, config.steps, steps))
 
 
 BASE_OPTIONS = StageOptions()
-UPSAMPLER_OPTIONS = StageOptions(steps=20, guidance=1.0)
+UPSAMPLER_OPTIONS = StageOptions(steps=20, guidance=1.0, temperature=0.997)
 
 
 def sample_stage(
-    model: UNet,
-    config: ModelConfig,
+    stage: LoadedModel,
     prompts: Sequence[str],
     *,
-    seeds: Sequence[int],
+    noise: NoiseSource,
     options: StageOptions,
     low_res: Tensor | None = None,
+    known: MaskedImage | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """One picture a prompt, [B, 3, H, W] in [-1, 1]; the picture of ``seeds[k]`` does not depend on its neighbours.
+    """One picture a prompt, [B, 3, H, W] in [-1, 1].
 
     Args:
         prompts: B texts; "" paints without one.
+        noise: all randomness; :class:`PerImageNoise` makes picture k independent of its neighbours.
         low_res: [B, 3, h, w] in [-1, 1], for an upsampler.
+        known: pixels that the pictures must keep (B or 1 of them); an inpainting model also sees them.
 
     Raises:
         ValueError: an option is out of range, or the model has no text.
     """
-    text_config = config.unet.text
-    if text_config is None:
+    model, config = stage
+    if config.unet.text is None:
         raise ValueError("this model is not conditioned on text, so a prompt cannot be painted with it")
     sampler = find_sampler(options.sampler)
     diffusion = options.diffusion(config)
-    guided = options.guidance != 1
-    texts = [*prompts, *[""] * len(prompts)] if guided else list(prompts)
-    words = get_tokenizer(text_config.tokenizer).batch(texts, text_config.context)
+    copies = 1 if options.guidance == 1 else 2  # conditional rows, then unconditional ones
+    texts = [*prompts, *[""] * (len(prompts) * (copies - 1))]
+    words = get_tokenizer(config.unet.text.tokenizer).batch(texts, config.unet.text.context)
     device = next(model.parameters()).device
     with torch.inference_mode():
         text = model.text(words.tokens.to(device), words.mask.to(device))
     if low_res is not None:
-        low_res = low_res.to(device).repeat(2 if guided else 1, 1, 1, 1)
+        low_res = low_res.to(device).repeat(copies, 1, 1, 1)
+    seen = _repeat(known, len(texts)) if known is not None and config.unet.inpaint else None
 
     def denoise(x: Tensor, timesteps: Tensor) -> Tensor:
-        return model(x, timesteps, text=text, low_res=low_res)
+        return model(x, timesteps, text=text, low_res=low_res, known=seen)  # type: ignore[no-any-return]
 
-    denoiser: Denoiser = classifier_free(denoise, options.guidance) if guided else denoise
-    noise = PerImageNoise(seeds)
-    size = config.unet.image_size
-    start = initial_noise(noise, (len(prompts), config.unet.image_channels, size, size), device=device)
-    return sampler(denoiser, start, diffusion, noise=noise, progress=progress)
+    denoiser: Denoiser = denoise if copies == 1 else classifier_free(denoise, options.guidance)
+    shape = (len(prompts), config.unet.image_channels, config.unet.image_size, config.unet.image_size)
+    start = initial_noise(noise, shape, device=device, temperature=options.temperature)
+    keep = None if known is None else keep_known(*known)
+    return sampler(denoiser, start, diffusion, noise=noise, denoised_fn=keep, progress=progress)
 
 
 def quantise(pictures: Tensor) -> Tensor:
@@ -100,25 +112,29 @@ def quantise(pictures: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
-    """A base model and, optionally, an upsampler: ``TextToImage.embedded()(["a red apple"], seeds=[0])``."""
+    """A base model and, optionally, an upsampler: ``TextToImage.embedded()(["red apple"], seeds=[0])``."""
 
-    base: UNet
-    base_config: ModelConfig
-    upsampler: UNet | None = None
-    upsampler_config: ModelConfig | None = None
+    base: LoadedModel
+    upsampler: LoadedModel | None = None
 
     @classmethod
     def load(cls, base: Path, upsampler: Path | None = None) -> TextToImage:
-        """Read the models from safetensors files; errors as :func:`glide_fast.models.load_model`."""
-        model, config = load_model(base)
-        second = (None, None) if upsampler is None else load_model(upsampler)
-        return cls(base=model, base_config=config, upsampler=second[0], upsampler_config=second[1])
+        """Read the models from safetensors files.
+
+        Raises:
+            FileNotFoundError, ValueError: as :func:`glide_fast.models.load_model`.
+        """
+        return cls(base=load_model(base), upsampler=None if upsampler is None else load_model(upsampler))
 
     @classmethod
     def embedded(cls) -> TextToImage:
         """The small emoji model that ships with the package: text → 32 px → 64 px."""
-        assets = Path(__file__).parent.parent / "assets"
-        return cls.load(assets / "emoji_base.safetensors", assets / "emoji_upsampler.safetensors")
+        return cls.load(ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")
+
+    @property
+    def size(self) -> int:
+        """Width and height of the pictures, in pixels."""
+        return (self.upsampler or self.base).config.unet.image_size
 
     def __call__(
         self,
@@ -127,9 +143,13 @@ class TextToImage:
         seeds: Sequence[int],
         base_options: StageOptions = BASE_OPTIONS,
         upsampler_options: StageOptions = UPSAMPLER_OPTIONS,
+        known: MaskedImage | None = None,
         progress: bool = False,
     ) -> NDArray[np.uint8]:
         """Paint one picture a prompt and seed: uint8 [B, H, W, 3].
+
+        Picture k depends on prompt k and seed k alone, up to rounding that differs with the batch size.
+        ``known`` holds pixels to keep, of the final size: [B or 1, 3, H, W] in [-1, 1] with their mask.
 
         Raises:
             ValueError: prompts and seeds differ in number, or an option is out of range.
@@ -138,17 +158,36 @@ class TextToImage:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed a prompt, at least one"
             )
+        noise = PerImageNoise(seeds)
         pictures = sample_stage(
-            self.base, self.base_config, prompts, seeds=seeds, options=base_options, progress=progress
+            self.base,
+            prompts,
+            noise=noise,
+            options=base_options,
+            known=None if known is None else _shrink(known, self.base.config.unet.image_size),
+            progress=progress,
         )
-        if self.upsampler is not None and self.upsampler_config is not None:
+        if self.upsampler is not None:
             pictures = sample_stage(
                 self.upsampler,
-                self.upsampler_config,
                 prompts,
-                seeds=seeds,
+                noise=noise,
                 options=upsampler_options,
                 low_res=quantise(pictures),
+                known=known,
                 progress=progress,
             )
         return to_uint8(pictures)
+
+
+def _repeat(known: MaskedImage, rows: int) -> MaskedImage:
+    """One picture and mask a row, for a batch that repeats the pictures."""
+    image, mask = (part.repeat(rows // part.shape[0], 1, 1, 1) for part in known)
+    return MaskedImage(image, mask)
+
+
+def _shrink(known: MaskedImage, size: int) -> MaskedImage:
+    """The known pixels at a base model's size: averages, known only where every pixel under them is."""
+    image, mask = known
+    factor = image.shape[-1] // size
+    return MaskedImage(F.avg_pool2d(image, factor), (F.avg_pool2d(mask, factor) == 1).to(mask.dtype))

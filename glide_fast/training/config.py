@@ -10,7 +10,7 @@ from glide_fast.models.checkpoint import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """``source`` is "emoji" or a folder of captioned pictures; ``hold_out`` keeps the emoji's test captions unseen."""
+    """``source``: "emoji" or a folder of captioned pictures; ``hold_out`` keeps emoji's test set unseen."""
 
     source: str = "emoji"
     hold_out: bool = True
@@ -18,9 +18,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LowResConfig:
-    """Degradation of the upsampler's condition, so that it forgives a base model's faults (Cascaded Diffusion, 4.2).
+    """How the upsampler's condition is degraded, so that it forgives a base model's faults.
 
-    A Gaussian blur of up to ``blur`` pixels and noise of up to ``noise`` (in [-1, 1] units), each drawn a picture.
+    A Gaussian blur of up to ``blur`` pixels and noise of up to ``noise`` (in [-1, 1] units), drawn anew for
+    every picture (Cascaded Diffusion, arXiv 2106.15282, section 4.2).
     """
 
     blur: float = 0.6
@@ -80,16 +81,25 @@ class TrainConfig:
             (self.batch >= 1, f"batch {self.batch} must be at least 1"),
             (
                 self.accumulate >= 1 and self.batch % self.accumulate == 0,
-                f"batch {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts; use a divisor",
+                f"batch {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts; "
+                "use a divisor",
             ),
             (0 <= self.caption_drop < 1, f"caption_drop {self.caption_drop} must be in [0, 1)"),
             (0 <= self.optimizer.ema < 1, f"optimizer.ema {self.optimizer.ema} must be in [0, 1)"),
             (self.steps >= 1, f"steps {self.steps} must be at least 1"),
             (self.save_every >= 1, f"save_every {self.save_every} must be at least 1"),
             (self.samples.every >= 1, f"samples.every {self.samples.every} must be at least 1"),
-            (self.model.unet.text is not None, f"task {self.task!r} needs a model with text; add [model.unet.text]"),
+            (
+                not self.samples.prompts or 2 <= self.samples.steps <= self.model.steps,
+                f"samples.steps {self.samples.steps} must lie in 2 .. model.steps = {self.model.steps}",
+            ),
+            (
+                self.model.unet.text is not None,
+                f"task {self.task!r} needs a model with text; add [model.unet.text]",
+            ),
             (
                 low_res == (self.task == "upsampler"),
-                f"task {self.task!r} and model.unet.low_res = {low_res} do not fit; an upsampler is low_res, a base not",
+                f"task {self.task!r} and model.unet.low_res = {low_res} do not fit; "
+                "an upsampler is low_res, a base model is not",
             ),
         ]

@@ -28,11 +28,15 @@ def explain_non_finite(model: nn.Module, evaluate: Callable[[], Tensor], step: i
         for hook in hooks:
             hook.remove()
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    where = f"the first module with a non-finite output is {first[0]}" if first else "every module's output is finite"
+    where = (
+        f"the first module with a non-finite output is {first[0]}"
+        if first
+        else "every module's output is finite"
+    )
     if broken:
         where += f"; parameter {broken[0]} is not finite itself"
     seen = f"{int(timesteps.min())} .. {int(timesteps.max())}"
-    return f"the loss is not finite at step {step}, timesteps {seen}: {where}"
+    return f"the loss or its gradient is not finite at step {step}, timesteps {seen}: {where}"
 
 
 def _watch(name: str, first: list[str]) -> Callable[[nn.Module, Any, Any], None]:

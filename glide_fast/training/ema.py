@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """Float32 average of the parameters, by name; early steps weigh more, as decay = min(decay, (1 + n) / (10 + n))."""
+    """Float32 average of the parameters, by name.
+
+    The decay of step n is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ class RunLog:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record, on disk when this returns."""
+        """Add one record; a kill after this returns cannot lose it."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -38,8 +39,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def require_matplotlib() -> None:
+    """Raise ``ModuleNotFoundError`` where matplotlib is missing: before a run, not hours into it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "a training run draws its loss curve with matplotlib, which is not installed; "
+            "pip install 'glide-fast[train]'",
+            name="matplotlib",
+        )
+
+
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw mse and vlb over the steps as PNG. Needs matplotlib (extra ``train``)."""
+    """Draw mse and vlb over the steps as PNG; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,8 @@
 """The training loop, the same for every task.
 
-Loss: the hybrid of Improved DDPM (arXiv 2102.09672, equation 16). Every step's randomness is seeded by the run's seed
-and the step's number, and the data order by the epoch's: a run that was killed and resumed is the unbroken run.
+Loss: the hybrid of Improved DDPM (arXiv 2102.09672, equation 16). Every step's randomness is seeded by the
+run's seed and the step's number, and the data order by the epoch's: a run that was killed and resumed is
+the unbroken run.
 
     glide-fast train configs/emoji_base.toml --out runs/base
 """
@@ -31,7 +32,7 @@ from glide_fast.models import UNet, save_model
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.diagnose import NonFiniteLossError, explain_non_finite
 from glide_fast.training.ema import ExponentialMovingAverage
-from glide_fast.training.log import RunLog, plot_losses, read_log
+from glide_fast.training.log import RunLog, plot_losses, read_log, require_matplotlib
 from glide_fast.training.state import TrainingState
 from glide_fast.training.tasks import TASKS, Batch, Rows, Task
 
@@ -47,10 +48,12 @@ def load_pictures(config: TrainConfig) -> CaptionedPictures:
 
 
 def rows_of_step(step: int, batch: int, count: int, seed: int) -> Rows:
-    """The ``batch`` pictures (of ``count``) that a step sees; every epoch is a new permutation of them all."""
+    """The ``batch`` pictures (of ``count``) that a step sees; every epoch is a new permutation of all."""
     positions = np.arange(step * batch, (step + 1) * batch)
     epochs = positions // count
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(epochs.tolist())}
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(epochs.tolist())
+    }
     pairs = zip(epochs.tolist(), (positions % count).tolist(), strict=True)
     return np.array([orders[epoch][place] for epoch, place in pairs], dtype=np.int64)
 
@@ -67,6 +70,7 @@ class Trainer:
     """A model being trained in a run directory; :func:`train` is the usual way in."""
 
     def __init__(self, config: TrainConfig, directory: Path) -> None:
+        require_matplotlib()
         self.config = config
         self.directory = directory
         self.task: Task = TASKS[config.task](config, load_pictures(config))
@@ -75,7 +79,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = UNet(config.model.unet, compute_dtype=getattr(torch, config.compute_dtype))
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         settings = config.optimizer
         self.state = TrainingState(
             model=self.model,
@@ -105,7 +109,8 @@ class Trainer:
         """One optimiser step; its number, losses and gradient norm are returned.
 
         Raises:
-            NonFiniteLossError: names the step, the timesteps and the first bad module; the weights are untouched.
+            NonFiniteLossError: names the step, the timesteps and the first bad module; the weights are
+                untouched.
         """
         config, step = self.config, self.state.step
         torch.manual_seed(int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0]))  # dropout
@@ -122,7 +127,7 @@ class Trainer:
         for start in range(0, config.batch, size):
             part = slice(start, start + size)
             terms = self._loss(batch.part(part), t[part], noise[part])
-            (terms.loss * weights[part]).sum().div(config.batch).backward()
+            torch.autograd.backward((terms.loss * weights[part]).sum().div(config.batch))
             parts.append([term.detach() for term in terms])
         loss, mse, vlb = (torch.cat(term) for term in zip(*parts, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
@@ -150,17 +155,24 @@ class Trainer:
 
     def _stop(self, batch: Batch, t: Tensor, noise: Tensor) -> None:
         message = explain_non_finite(
-            self.model, lambda: self._loss(batch, t, noise).loss, self.state.step, self.diffusion.model_timesteps(t)
+            self.model,
+            lambda: self._loss(batch, t, noise).loss,
+            self.state.step,
+            self.diffusion.model_timesteps(t),
         )
-        raise NonFiniteLossError(f"{message}; the last checkpoint is {self.checkpoint}")
+        saved = str(self.checkpoint) if self.checkpoint.exists() else "not there yet"
+        raise NonFiniteLossError(f"{message}; the last checkpoint is {saved}")
 
     def save(self) -> None:
-        """Write the checkpoint, and the EMA weights as a model file with its config."""
-        self.state.save(self.checkpoint, self.config)
+        """Write the EMA weights as a model file with its config, the loss curve and the checkpoint.
+
+        The checkpoint comes last: what a kill prevents is done again by the resumed run.
+        """
         save_model(self.directory / "model.safetensors", self.config.model, self.state.ema.state_dict())
         records = read_log(self.log.path)
         if records:
             plot_losses(records, self.directory / "loss.png")
+        self.state.save(self.checkpoint, self.config)
 
     def draw_samples(self) -> None:
         """Write a grid of pictures painted with the EMA weights."""
@@ -173,41 +185,43 @@ class Trainer:
         save_png(self.directory / "samples" / f"step-{self.state.step:06d}.png", grid(pictures, 8))
 
     def run(self) -> None:
-        """Train to the end of the config, or until SIGINT or SIGTERM, which end the run after the step at hand."""
-        config = self.config
+        """Train to the end of the config; SIGINT and SIGTERM end the run after the step at hand."""
+        config, state = self.config, self.state
         with (
             stop_signals() as stopped,
-            tqdm(total=config.steps, initial=self.state.step, unit="step", desc=config.task) as bar,
+            tqdm(total=config.steps, initial=state.step, unit="step", desc=config.task) as bar,
         ):
-            records: list[dict[str, float]] = []
-            started = time.perf_counter()
-            while self.state.step < config.steps and not stopped:
-                records.append(self.step())
+            first, started = state.step, time.perf_counter()
+            while state.step < config.steps and not stopped:
+                state.unlogged.append(self.step())
                 bar.update()
-                step = self.state.step
-                if step % LOG_EVERY == 0:
-                    rate = len(records) * config.batch / (time.perf_counter() - started)
-                    self._write_log(records, rate, bar)
-                    records, started = [], time.perf_counter()
-                if step % config.save_every == 0 or step == config.steps:
-                    self.save()
-                if step % config.samples.every == 0 or step == config.steps:
+                if state.step % LOG_EVERY == 0:
+                    rate = (state.step - first) * config.batch / (time.perf_counter() - started)
+                    self._write_log(rate, bar)
+                    first, started = state.step, time.perf_counter()
+                if state.step % config.samples.every == 0 or state.step == config.steps:
                     self.draw_samples()
+                if state.step % config.save_every == 0 or state.step == config.steps:
+                    self.save()
             if stopped:
                 self.save()
 
-    def _write_log(self, records: list[dict[str, float]], rate: float, bar: tqdm[None]) -> None:
-        names = ("loss", "mse", "vlb", "grad_norm")
+    def _write_log(self, rate: float, bar: tqdm[None]) -> None:
+        """Log the means over the steps since the last line."""
+        records = self.state.unlogged
         record = {"step": records[-1]["step"]}
-        record |= {name: round(float(np.mean([each[name] for each in records])), 6) for name in names}
+        for name in ("loss", "mse", "vlb", "grad_norm"):
+            record[name] = round(float(np.mean([each[name] for each in records])), 6)
         self.log.append({**record, "images_per_second": round(rate, 2)})
+        records.clear()
         bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{rate:.1f}")
 
 
 def train(config: TrainConfig, directory: Path) -> None:
     """Run, or resume, a training run in ``directory``.
 
-    The directory gets config.json, log.jsonl, loss.png, samples/, checkpoint.pt and model.safetensors (EMA, fp16).
+    The directory gets config.json, log.jsonl, loss.png, samples/, checkpoint.pt and model.safetensors (EMA,
+    float16).
 
     Raises:
         ValueError: the config does not fit its data, or the checkpoint there belongs to another config.
@@ -220,14 +234,19 @@ def train(config: TrainConfig, directory: Path) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process as usual."""
     received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        restore()
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from glide_fast.models.checkpoint import check_fits
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.ema import ExponentialMovingAverage
 
+ENTRIES = ("config", "step", "model", "ema", "optimizer", "timesteps")
 FREE_TO_CHANGE = ("steps", "save_every", "samples", "optimizer.decay_steps", "optimizer.learning_rate")
 
 
@@ -23,7 +24,9 @@ FREE_TO_CHANGE = ("steps", "save_every", "samples", "optimizer.decay_steps", "op
 class TrainingState:
     """Model, average, optimiser and timestep sampler after ``step`` optimiser steps.
 
-    Random numbers and the data position need no state of their own: both are functions of the seed and the step.
+    ``unlogged`` holds the numbers of the steps since the last line of the log, which the next line averages.
+    Random numbers and the data position need no state of their own: both are functions of the seed and the
+    step.
     """
 
     model: nn.Module
@@ -31,6 +34,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     timesteps: TimestepSampler
     step: int = 0
+    unlogged: list[dict[str, float]] = field(default_factory=list)
 
     def save(self, path: Path, config: TrainConfig) -> None:
         """Write the checkpoint, replacing an older one only when it is complete."""
@@ -41,6 +45,7 @@ class TrainingState:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "timesteps": self.timesteps.state_dict(),
+            "unlogged": self.unlogged,
         }
         with replacing(path) as temporary:
             torch.save(values, temporary)
@@ -55,19 +60,24 @@ class TrainingState:
             values = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+        missing = [name for name in ENTRIES if not isinstance(values, dict) or name not in values]
+        if missing:
+            raise ValueError(f"{path} is not the checkpoint of a training run: it has no {missing[0]!r}")
         difference = first_difference(values["config"], to_dict(config))
         if difference is not None:
             raise ValueError(f"{path} belongs to another config: {difference}; use another run directory")
         check_fits(self.model, values["model"], str(path))
+        check_fits(self.model, values["ema"], f"the average in {path}")
         self.model.load_state_dict(values["model"])
         self.ema.load_state_dict(values["ema"])
         self.optimizer.load_state_dict(values["optimizer"])
         self.timesteps.load_state_dict(values["timesteps"])
         self.step = values["step"]
+        self.unlogged = list(values.get("unlogged", []))
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str | None:
-    """The first field in which two configs differ, with both values; None if only the length of the run does."""
+    """The first field in which two configs differ, with both values; fields free to change do not count."""
     for name in {**old, **new}:
         where = f"{path}{name}"
         before, now = old.get(name), new.get(name)

@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.images import to_tensor
-from glide_fast.models import UNet
+from glide_fast.models import LoadedModel, UNet
+from glide_fast.sampling.denoiser import PerImageNoise
 from glide_fast.sampling.pipeline import StageOptions, quantise, sample_stage
 from glide_fast.text.tokenizer import get_tokenizer
 from glide_fast.training.config import LowResConfig, TrainConfig
@@ -60,8 +61,8 @@ class BaseTask:
         tokenizer = get_tokenizer(text.tokenizer)
         if tokenizer.size != text.vocabulary:
             raise ValueError(
-                f"model.unet.text.vocabulary {text.vocabulary} is not the size of tokenizer {text.tokenizer!r}; "
-                f"use {tokenizer.size}"
+                f"model.unet.text.vocabulary {text.vocabulary} is not the size of tokenizer "
+                f"{text.tokenizer!r}; use {tokenizer.size}"
             )
         self.config = config
         self.pictures = pictures
@@ -84,10 +85,9 @@ class BaseTask:
     def _draw(self, model: UNet, low_res: Tensor | None) -> Tensor:
         settings = self.config.samples
         return sample_stage(
-            model,
-            self.config.model,
+            LoadedModel(model, self.config.model),
             settings.prompts,
-            seeds=range(len(settings.prompts)),
+            noise=PerImageNoise(range(len(settings.prompts))),
             options=StageOptions(steps=settings.steps, guidance=settings.guidance),
             low_res=low_res,
         )
@@ -96,19 +96,22 @@ class BaseTask:
 class UpsamplerTask(BaseTask):
     """Text and half-size picture → picture; the half-size one is degraded, as a base model's pictures are."""
 
+    def __init__(self, config: TrainConfig, pictures: CaptionedPictures) -> None:
+        super().__init__(config, pictures)
+        rows = {caption: row for row, caption in enumerate(pictures.captions)}
+        missing = [prompt for prompt in config.samples.prompts if prompt not in rows]
+        if missing:
+            raise ValueError(f"samples.prompts: {missing[0]!r} is not a caption of {config.data.source!r}")
+        self.sample_rows = [rows[prompt] for prompt in config.samples.prompts]
+
     def batch(self, rows: Rows, generator: Generator) -> Batch:
         batch = super().batch(rows, generator)
         low_res = degrade(halve(batch.x_start), self.config.low_res, generator)
         return batch._replace(low_res=low_res)
 
     def samples(self, model: UNet) -> Tensor:
-        """The prompts' own pictures, halved and enlarged again; a prompt must be a caption of the data."""
-        captions = {caption: row for row, caption in enumerate(self.pictures.captions)}
-        missing = [prompt for prompt in self.config.samples.prompts if prompt not in captions]
-        if missing:
-            raise ValueError(f"samples.prompts: {missing[0]!r} is not a caption of {self.config.data.source!r}")
-        rows = [captions[prompt] for prompt in self.config.samples.prompts]
-        return self._draw(model, halve(to_tensor(self.pictures.images[rows])))
+        """The prompts' own pictures, halved and enlarged again."""
+        return self._draw(model, halve(to_tensor(self.pictures.images[self.sample_rows])))
 
 
 TASKS: dict[str, type[BaseTask]] = {"base": BaseTask, "upsampler": UpsamplerTask}
@@ -120,7 +123,7 @@ def halve(pictures: Tensor) -> Tensor:
 
 
 def degrade(pictures: Tensor, config: LowResConfig, generator: Generator) -> Tensor:
-    """Blur and noise of a strength drawn for each picture [B, 3, H, W] (Cascaded Diffusion, arXiv 2106.15282, 4)."""
+    """Blur and noise of a strength drawn for each picture [B, 3, H, W] (Cascaded Diffusion, section 4.2)."""
     strength = torch.rand(2, len(pictures), 1, 1, 1, generator=generator)
     blurred = gaussian_blur(pictures, config.blur * strength[0])
     noise = torch.randn(pictures.shape, generator=generator)
@@ -128,7 +131,7 @@ def degrade(pictures: Tensor, config: LowResConfig, generator: Generator) -> Ten
 
 
 def gaussian_blur(pictures: Tensor, sigma: Tensor) -> Tensor:
-    """Blur [B, C, H, W] by a 5×5 Gaussian of standard deviation ``sigma`` [B, 1, 1, 1] pixels; 0 leaves it sharp."""
+    """Blur [B, C, H, W] by a 5×5 Gaussian of ``sigma`` [B, 1, 1, 1] pixels; 0 leaves a picture sharp."""
     offsets = torch.arange(-2, 3, dtype=pictures.dtype)
     weights = torch.exp(-(offsets**2) / (2 * sigma.flatten(1).clamp(min=1e-3) ** 2))  # [B, 5]
     weights = weights / weights.sum(1, keepdim=True)

@@ -1,0 +1,263 @@
+"""What a person types: ``glide-fast sample | train | evaluate | data | doctor``.
+
+A command is a dataclass whose fields are its options; ``run`` does the work. A user's mistake ends in one
+line on stderr and exit status 1 (2 where the command line itself is wrong), never in a traceback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from tyro.conf import Positional, arg, subcommand
+
+from glide_fast import doctor
+from glide_fast.config import load_toml
+from glide_fast.data.check import DEFAULT_CONTEXT, check
+from glide_fast.data.images import center_square, grid, load_image, save_png, to_tensor
+from glide_fast.evaluation import evaluate_emoji
+from glide_fast.files import replacing
+from glide_fast.models import MaskedImage
+from glide_fast.sampling.pipeline import ASSETS, UPSAMPLER_OPTIONS, StageOptions, TextToImage
+from glide_fast.text.tokenizer import get_tokenizer
+from glide_fast.training import NonFiniteLossError, TrainConfig, train
+
+MODELS = {"emoji": (ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")}
+LARGEST_COUNT = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painter:
+    """Which models paint, and how."""
+
+    model: str = "emoji"
+    """"emoji", the model that ships with the package, or the path of a base model (.safetensors)."""
+    upsampler: Path | None = None
+    """Path of the upsampler that belongs to a base model given as a path."""
+    sampler: str = "ddim"
+    """How to go from noise to picture: ddim or ddpm."""
+    steps: int = 50
+    """Steps of the base model, 2 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the base model, 0 to 100: 0 ignores the prompt, 1 is the plain model."""
+    upsampler_steps: int = 20
+    """Steps of the upsampler, 2 to 1000."""
+
+    def files(self) -> list[Path]:
+        """The model files: base, then upsampler if there is one."""
+        if self.model in MODELS:
+            if self.upsampler is not None:
+                raise ValueError(f"model {self.model!r} has its own upsampler; leave --upsampler out")
+            return list(MODELS[self.model])
+        path = Path(self.model)
+        if not path.is_file():
+            raise ValueError(
+                f"model {self.model!r} is neither a known model ({', '.join(MODELS)}) nor a file; "
+                "give the path of a .safetensors file that `glide-fast train` wrote"
+            )
+        return [path] if self.upsampler is None else [path, self.upsampler]
+
+    def load(self, size: int | None = None) -> TextToImage:
+        """The models, without the upsampler where ``size`` is that of the base model."""
+        model = TextToImage.load(*self.files())
+        sizes = [stage.config.unet.image_size for stage in (model.base, model.upsampler) if stage]
+        if size is not None and size not in sizes:
+            raise ValueError(
+                f"size {size} is not one this model paints; choose {' or '.join(map(str, sizes))}"
+            )
+        return TextToImage(base=model.base) if size == sizes[0] else model
+
+    def paint(
+        self, model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], **rest: Any
+    ) -> NDArray[np.uint8]:
+        """One picture a prompt and seed, uint8 [B, H, W, 3]; ``rest`` as for :class:`TextToImage`."""
+        return model(
+            prompts,
+            seeds=seeds,
+            base_options=StageOptions(sampler=self.sampler, steps=self.steps, guidance=self.guidance),
+            upsampler_options=replace(UPSAMPLER_OPTIONS, sampler=self.sampler, steps=self.upsampler_steps),
+            **rest,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Paint pictures from prompts: PNG files, a grid, and sample.json, which says how to get them again.
+
+    The k-th picture of a prompt has the seed SEED + k and does not depend on how many are painted.
+    """
+
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...")]
+    """What to paint, one or more texts; "" paints without a prompt."""
+    number: Annotated[int, arg(aliases=("-n",))] = 1
+    """Pictures a prompt."""
+    seed: int = 0
+    """Seed of the first picture of each prompt."""
+    out: Path = Path("samples")
+    """Folder for the files; it replaces those of the same names."""
+    size: int | None = None
+    """Pixels: the base model's size leaves the upsampler out. Default: the largest."""
+    batch: int = 8
+    """Pictures painted at a time."""
+    known: Path | None = None
+    """A picture to complete: what --mask shows white is kept."""
+    mask: Path | None = None
+    """A picture, white where --known is kept and black where it is painted."""
+    painter: tyro.conf.OmitArgPrefixes[Painter] = Painter()
+
+    def run(self) -> None:
+        if not self.prompts:
+            raise ValueError('no prompt; give at least one, or "" to paint without')
+        if not 1 <= self.number <= LARGEST_COUNT:
+            raise ValueError(f"number {self.number} must lie in 1 .. {LARGEST_COUNT}")
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch} must be at least 1")
+        if not 0 <= self.seed < 2**63 - self.number:
+            raise ValueError(f"seed {self.seed} must lie in 0 .. 2^63 - {self.number}")
+        model = self.painter.load(self.size)
+        known = self._known(model.size)
+        orders = [(prompt, self.seed + k) for prompt in self.prompts for k in range(self.number)]
+        parts = []
+        for start in range(0, len(orders), self.batch):
+            prompts, seeds = zip(*orders[start : start + self.batch], strict=True)
+            parts.append(self.painter.paint(model, prompts, seeds, known=known, progress=sys.stderr.isatty()))
+        self._write(np.concatenate(parts), orders)
+
+    def _known(self, size: int) -> MaskedImage | None:
+        if self.known is None and self.mask is None:
+            return None
+        if self.known is None or self.mask is None:
+            raise ValueError("--known and --mask belong together; give both or neither")
+        image, mask = (
+            to_tensor(center_square(load_image(path), size))[None] for path in (self.known, self.mask)
+        )
+        return MaskedImage(image, (mask.mean(1, keepdim=True) > 0).float())
+
+    def _write(self, pictures: NDArray[np.uint8], orders: list[tuple[str, int]]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, (picture, (prompt, seed)) in enumerate(zip(pictures, orders, strict=True)):
+            name = f"{index:04d}-{_slug(prompt)}-{seed}.png"
+            save_png(self.out / name, picture)
+            rows.append({"file": name, "prompt": prompt, "seed": seed})
+        save_png(self.out / "grid.png", grid(pictures, self.number if self.number > 1 else 4))
+        sidecar = {
+            "command": shlex.join(["glide-fast", *sys.argv[1:]]),
+            "pictures": rows,
+            "options": {**asdict(self.painter), "size": int(pictures.shape[1]), "batch": self.batch},
+            "model_sha256": {
+                str(path.name): hashlib.sha256(path.read_bytes()).hexdigest() for path in self.painter.files()
+            },
+            "versions": doctor.versions(),
+        }
+        with replacing(self.out / "sample.json") as temporary:
+            temporary.write_text(json.dumps(sidecar, indent=2, default=str) + "\n", encoding="utf-8")
+        print(f"{len(pictures)} pictures in {self.out}, all of them on {self.out / 'grid.png'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model as a recipe says, or go on with a run that was stopped at any moment."""
+
+    config: Positional[Path]
+    """A recipe, such as configs/emoji_base.toml."""
+    out: Path
+    """The run's folder: config, log, loss curve, samples, checkpoint and model."""
+
+    def run(self) -> None:
+        config = load_toml(TrainConfig, self.config)
+        if (self.out / "checkpoint.pt").exists():
+            print(f"going on with the run in {self.out}")
+        train(config, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Paint emoji captions and count how many are recognised by their nearest picture."""
+
+    captions: int = 256
+    """Captions drawn from the training set."""
+    seed: int = 0
+    """Seed of that draw and of the pictures."""
+    painter: tyro.conf.OmitArgPrefixes[Painter] = Painter()
+
+    def run(self) -> None:
+        paint = partial(self.painter.paint, self.painter.load())
+        print(evaluate_emoji(paint, captions=self.captions, seed=self.seed, progress=sys.stderr.isatty()))
+        print(f"{self.painter.sampler}, {self.painter.steps} steps, guidance {self.painter.guidance:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Look through a folder of captioned pictures before training on it; exit status 1 if it has faults."""
+
+    action: Positional[Literal["check"]]
+    """check: read every picture and caption, and name what is broken."""
+    folder: Positional[Path]
+    """Pictures with captions in .txt files beside them, in captions.csv or in captions.jsonl."""
+    size: int = 64
+    """Pixels of the model to be trained; smaller pictures are named."""
+    context: int = DEFAULT_CONTEXT
+    """Tokens that model reads; longer captions are named."""
+    tokenizer: str = "embedded"
+    """Who counts the tokens: embedded or glide."""
+
+    def run(self) -> None:
+        report = check(
+            self.folder, size=self.size, context=self.context, tokenizer=get_tokenizer(self.tokenizer)
+        )
+        print(report)
+        if not report.ok:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this installation can do, and which implementation serves each op, and why."""
+
+    def run(self) -> None:
+        print(doctor.examine())
+
+
+Command = (
+    Annotated[Sample, subcommand("sample")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def main() -> None:
+    """Entry point of the command ``glide-fast``."""
+    warnings.showwarning = _show_warning
+    try:
+        command: Command = tyro.cli(
+            Command, prog="glide-fast", description="Text to picture: sample, train, judge."
+        )
+        command.run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
+        sys.exit(f"glide-fast: {error}")
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"glide-fast: warning: {message}", file=sys.stderr)
+
+
+def _slug(prompt: str) -> str:
+    """A short file name made of the prompt's words."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "unconditional"
