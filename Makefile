@@ -16,7 +16,8 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h)
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/glide-fast demo --out demo
+	$(BIN)/glide-fast sample --out demo "red apple" "grinning face" "dog face" "rocket" \
+	  "flag of Japan" "soccer ball" "pizza" "woman, dark skin tone"
 
 test: $(INSTALLED) $(TOOLS) $(FONT)
 	$(BIN)/python -m pytest
@@ -42,7 +43,7 @@ clean:
 $(INSTALLED): pyproject.toml setup.py $(CPP)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "glide_fast needs Python >= 3.10")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel ninja
 	GLIDE_FAST_REQUIRE_CPP=1 $(BIN)/python -m pip install -q --no-build-isolation -e .
 	touch $@
 

@@ -3,16 +3,18 @@
     pip install --no-build-isolation -e .     # or a wheel; both build the ops
     python setup.py build_ext --inplace       # only the ops, beside the sources
 
-The binary uses torch's stable ABI and Python's limited API: one file serves torch >= 2.10 and Python >= 3.10. Each
-kernel file is compiled once for each instruction set, which needs flags by object file; hence the small ninja file
-written here. Without a compiler, ninja or torch the package is installed all the same: the reference in plain PyTorch
-serves every op, and `glide-fast doctor` says so. Set GLIDE_FAST_REQUIRE_CPP=1 to make that an error.
+The binary uses torch's stable ABI and Python's limited API: one file serves torch >= 2.10 and Python >= 3.10.
+Each kernel file is compiled once for each instruction set, which needs flags by object file; hence the small
+ninja file written here. Without a compiler, ninja or torch the package is installed all the same: the
+reference in plain PyTorch serves every op, and `glide-fast doctor` says so. GLIDE_FAST_REQUIRE_CPP=1 makes
+that an error.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,6 +56,8 @@ def find_tools() -> tuple[str, str]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise BuildError(f"the C++ compiler {compiler!r} is not found; correct CXX or unset it")
     scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     ninja = shutil.which("ninja", path=os.pathsep.join(scripts))
     if ninja is None:
@@ -74,6 +78,11 @@ def find_torch() -> Path:
             f"torch is not importable here ({error}); pip install --no-build-isolation"
         ) from error
     return Path(torch.__file__).parent
+
+
+def ninja_path(path: Path) -> str:
+    """The path as ninja's `build` lines spell it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def ninja_file(output: Path, compiler: str, torch: Path) -> str:
@@ -99,7 +108,7 @@ def ninja_file(output: Path, compiler: str, torch: Path) -> str:
 
     def add(source: str, suffix: str, isa_flags: str) -> None:
         objects.append(f"{Path(source).stem}{suffix}.o")
-        lines.append(f"build {objects[-1]}: compile {ROOT / source}")
+        lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
         lines.append(f"  isa_flags = {isa_flags}")
 
     for source in SOURCES:
@@ -108,7 +117,7 @@ def ninja_file(output: Path, compiler: str, torch: Path) -> str:
         for name, (vector_bytes, isa_flags) in ISAS.items():
             defines = f"-DGLIDE_FAST_ISA={name} -DVECTOR_BYTES={vector_bytes}"
             add(source, f".{name}", f"{defines} {isa_flags}")
-    lines.append(f"build {output}: link {' '.join(objects)}")
+    lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -128,12 +137,13 @@ class BuildWithNinja(build_ext):
             if done.returncode:
                 raise BuildError(f"ninja failed with exit status {done.returncode}; its output is above")
         except BuildError as error:
+            output.unlink(missing_ok=True)  # of an earlier build, and out of date
             if os.environ.get("GLIDE_FAST_REQUIRE_CPP") == "1":
                 raise
             self.warn(f"the C++ ops are not built: {error}. The slower reference will serve every op.")
 
     def copy_extensions_to_source(self) -> None:
-        """Put what was built beside the sources; by rename, since a running process may have the old file mapped."""
+        """Put what was built beside the sources, by rename: a process may have the old file mapped."""
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             if built.exists():
@@ -150,7 +160,7 @@ class BuildWithNinja(build_ext):
 setup(
     ext_modules=[Extension("glide_fast._C", sources=[*SOURCES, *ISA_SOURCES], py_limited_api=True)],
     cmdclass={"build_ext": BuildWithNinja},
-    packages=[*find_packages(include=["glide_fast*"]), "glide_fast.kernels"],
+    packages=[*find_packages(include=["glide_fast*"]), "glide_fast.assets", "glide_fast.kernels"],
     package_dir={"glide_fast.kernels": "kernels"},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

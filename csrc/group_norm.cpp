@@ -1,10 +1,8 @@
-// The ops glide_fast::group_norm and group_norm_backward for CPU tensors: shapes, dtypes and threads; the
-// arithmetic is in the kernels of the chosen ISA. Only torch's stable ABI is used, so one binary serves
-// torch 2.10 and later.
+// The ops glide_fast::group_norm and group_norm_backward for CPU tensors: shapes, dtypes and threads. Their
+// arithmetic is in the kernels of the chosen ISA. Only the stable ABI is used: one binary for torch >= 2.10.
 //
 // Rule of dtypes: float32 runs as it is; bfloat16 and float16 are converted to float32 and back (the
-// reference's arithmetic, rounded once at the end); everything else, float64 above all, goes to the reference
-// op.
+// reference's arithmetic, rounded once at the end); all else, float64 above all, goes to the reference op.
 #include "group_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -193,9 +191,9 @@ struct ParameterGradients {
     Tensor weight, bias, scale, shift;
 };
 
-ParameterGradients parameter_gradients(const GroupNormBackward& problem) {
+// `film` is given because the pointers to an empty batch's scale and shift are null too.
+ParameterGradients parameter_gradients(const GroupNormBackward& problem, bool film) {
     const int64_t batch = problem.shape.batch, channels = problem.shape.channels;
-    const bool film = problem.scale != nullptr;
     std::vector<int64_t> film_sizes = {0};
     if (film) film_sizes = {batch, channels};
     ParameterGradients gradients{empty({channels}), empty({channels}), empty(film_sizes), empty(film_sizes)};
@@ -266,7 +264,7 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     problem.grad_sum = sums.data();
     problem.grad_normal_sum = sums.data() + problem.shape.batch * problem.shape.channels;
     run(problem, current_isa().group_norm->backward);
-    const ParameterGradients gradients = parameter_gradients(problem);
+    const ParameterGradients gradients = parameter_gradients(problem, scale.has_value());
     return {as_type(grad_x, type), as_type(gradients.weight, weight_type), as_type(gradients.bias, bias_type),
             as_type(gradients.scale, scale_type), as_type(gradients.shift, shift_type)};
 }

@@ -1,5 +1,4 @@
-// What the GroupNorm op hands to its kernels. Plain data only: it is shared by code compiled for different
-// ISAs.
+// What the GroupNorm op hands to its kernels. Plain data only: code compiled for different ISAs shares it.
 #pragma once
 
 #include <stdint.h>
@@ -8,13 +7,11 @@ namespace glide_fast {
 
 enum class Resample : int64_t { NONE = 0, UP = 1, DOWN = 2 };
 
-// x is [B, C, D, H, W] in memory (planar) or [B, D, H, W, C] (channels last). 1-D and 2-D space have leading
-// ones.
+// x is [B, C, D, H, W] in memory (planar) or [B, D, H, W, C] (channels last); absent dimensions are 1.
 struct GroupNormShape {
     int64_t batch, channels, groups;
     int64_t depth, height, width;
-    int64_t factor_depth,
-        factor_height;  // 2 where resampling acts on that dimension, else 1; width's is always 2
+    int64_t factor_depth, factor_height;  // 2 where resampling acts on that dimension, else 1; width's is 2
     bool channels_last;
     bool silu;
     Resample resample;

@@ -1,9 +1,7 @@
-// GroupNorm where the channels of a pixel are neighbours ([B, D, H, W, C]); a task is a block of groups of
-// one picture.
+// GroupNorm where a pixel's channels are neighbours ([B, D, H, W, C]); a task is a block of groups.
 //
 // Loops run over rows of pixels, then over vectors of channels, then over the row's pixels: a channel's
-// coefficients stay in registers for a row, and the block's part of a row (some 10 KiB) stays in the
-// first-level cache.
+// coefficients stay in registers for a row, and the block's part of a row (some 10 KiB) in the first cache.
 #pragma once
 
 #include "group_norm_math.h"
@@ -219,8 +217,7 @@ inline Vector gradient_at(const GroupNormShape& shape, const float* grad, int64_
     return load_lanes<WHOLE>(grad + source * stride, lanes) * (1.0f / static_cast<float>(2 * parts));
 }
 
-// Writes the gradient before the affine map to grad_x, and adds its sum and its product with the normalised
-// x.
+// Writes the gradient before the affine map to grad_x; adds its sum and its product with the normalised x.
 template <bool SILU, bool WHOLE>
 void differentiate_row(const GroupNormShape& shape, const float* grad, const float* x, float* grad_x,
                        int64_t row, const Rows& rows, int64_t lanes, const Coefficients& at, int64_t c,
@@ -244,8 +241,8 @@ void differentiate_row(const GroupNormShape& shape, const float* grad, const flo
     }
 }
 
-// grad_x = grad_x * factor - (x - mean) * slope - constant, in place; the three are in `at` as gain, rstd,
-// offset.
+// grad_x = grad_x * factor - (x - mean) * slope - constant, in place.
+// `at` holds factor as gain, slope as rstd and constant as offset.
 template <bool WHOLE>
 void project_row(const float* x, float* grad_x, int64_t pixels, int64_t stride, int64_t lanes,
                  const Coefficients& at, int64_t c) {

@@ -11,15 +11,11 @@ using glide_fast::GroupNormTasks;
 using glide_fast::Resample;
 using glide_fast::Scratch;
 
-// Elements of one run over which a float accumulator is trusted before it goes into a double.
-constexpr int64_t CHUNK = 4096;
-
 inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// Mean and sum of squared deviations of a growing set (Chan, Golub & LeVeque 1983): no cancellation at any
-// offset.
+// Mean and sum of squared deviations of a growing set, without cancellation (Chan, Golub & LeVeque 1983).
 struct Moments {
     double count = 0, mean = 0, squares = 0;
 

@@ -6,10 +6,15 @@
 namespace {
 namespace planar {
 
+// Elements that go into float accumulators before these go into doubles. Deviations from a mean are small and
+// spread over several accumulators; plain sums get no more than 64 additions in a lane.
+constexpr int64_t MOMENTS_CHUNK = 4096;
+constexpr int64_t SUM_CHUNK = 64 * LANES;
+
 inline Moments moments_of(const float* x, int64_t count) {
     Moments moments;
-    for (int64_t begin = 0; begin < count; begin += CHUNK) {
-        const int64_t length = smaller(CHUNK, count - begin);
+    for (int64_t begin = 0; begin < count; begin += MOMENTS_CHUNK) {
+        const int64_t length = smaller(MOMENTS_CHUNK, count - begin);
         const int64_t whole = length / LANES * LANES, rest = length - whole;
         const float* run = x + begin;
         Vector sums[4] = {};
@@ -18,8 +23,8 @@ inline Moments moments_of(const float* x, int64_t count) {
             for (int64_t k = 0; k < 4; ++k) sums[k] += load(run + i + k * LANES);
         for (; i < whole; i += LANES) sums[0] += load(run + i);
         if (rest) sums[1] += load_first(run + whole, rest);
-        const float middle =
-            sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(length);
+        const double n = static_cast<double>(length);
+        const float middle = static_cast<float>(sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / n);
 
         // Deviations from `middle`, which need not be the exact mean: what is left of it is corrected below.
         Vector residuals[2] = {}, squares[2] = {};
@@ -42,7 +47,6 @@ inline Moments moments_of(const float* x, int64_t count) {
             residual += deviation;
             square += deviation * deviation;
         }
-        const double n = static_cast<double>(length);
         moments.add(n, middle + residual / n, square - residual * residual / n);
     }
     return moments;
@@ -75,8 +79,7 @@ inline void spread(const GroupNormShape& shape, const float* plane, float* outpu
         }
 }
 
-// factor * the sum of the pixels that fall on each pixel at half the size (height and width are those of
-// `plane`).
+// factor * the sum of the pixels that fall on each pixel at half the size; the sizes are `plane`'s.
 inline void gather(const GroupNormShape& shape, const float* plane, float* output, int64_t depth,
                    int64_t height, int64_t width, float factor) {
     const int64_t out_depth = depth / shape.factor_depth, out_height = height / shape.factor_height;
@@ -96,8 +99,7 @@ inline void gather(const GroupNormShape& shape, const float* plane, float* outpu
         }
 }
 
-// The adjoint of averaging: each pixel's share of the gradient of the pixel it went into; zero where it was
-// dropped.
+// The adjoint of averaging: each pixel's share of the gradient of the pixel it went into, or zero.
 inline void share(const GroupNormShape& shape, const float* grad, float* plane, float factor) {
     const int64_t out_depth = shape.depth / shape.factor_depth,
                   out_height = shape.height / shape.factor_height;
@@ -143,16 +145,15 @@ void forward(const glide_fast::GroupNormForward& problem, int64_t begin, int64_t
     }
 }
 
-// Writes the gradient before the affine map to grad_x, and returns its sum and its product with the
-// normalised x.
+// Writes the gradient before the affine map to grad_x; returns its sum and its product with the normalised x.
 template <bool SILU>
 void differentiate(const float* grad, const float* x, float* grad_x, int64_t count, float mean, float rstd,
                    Affine affine, double* sum, double* normal_sum) {
     const Vector shift = splat(mean), by = splat(rstd), gain = splat(affine.gain),
                  plus = splat(affine.offset);
     double total = 0, normal_total = 0;
-    for (int64_t begin = 0; begin < count; begin += CHUNK) {
-        const int64_t end = smaller(begin + CHUNK, count);
+    for (int64_t begin = 0; begin < count; begin += SUM_CHUNK) {
+        const int64_t end = smaller(begin + SUM_CHUNK, count);
         Vector sums{}, normal_sums{};
         int64_t i = begin;
         for (; i + LANES <= end; i += LANES) {

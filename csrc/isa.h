@@ -20,8 +20,7 @@ std::vector<std::string> runnable_isas();
 // The variant in use.
 const Isa& current_isa();
 
-// Uses the named variant from now on; throws std::invalid_argument for one that is unknown or cannot run
-// here.
+// Uses the named variant from now on; throws std::invalid_argument for one that cannot run here.
 void select_isa(const std::string& name);
 
 }  // namespace glide_fast

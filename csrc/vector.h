@@ -1,5 +1,4 @@
-// A small float vector over the compiler's vector extensions (GCC, Clang): written once, compiled for each
-// ISA.
+// A small float vector over the vector extensions of GCC and Clang: written once, compiled for each ISA.
 //
 // VECTOR_BYTES comes from the build (16, 32 or 64). Everything here is in an anonymous namespace, and no
 // standard header is used: an inline function with external linkage that was compiled for AVX-512 could
@@ -54,10 +53,12 @@ inline void store_lanes(float* target, Vector value, int64_t count) {
         store_first(target, value, count);
 }
 
-inline float sum_of_lanes(Vector value) {
-    float sum = 0;
-    for (int64_t lane = 0; lane < LANES; ++lane) sum += value[lane];
-    return sum;
+inline double sum_of_lanes(Vector value) {
+    double sums[LANES];
+    for (int64_t lane = 0; lane < LANES; ++lane) sums[lane] = value[lane];
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
 }
 
 // e^x within 2 ulp for |x| <= 87; beyond, the value at the limit (so that nothing overflows or becomes

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 
 import torch
 
-from glide_fast import ops
+from glide_fast import __version__, ops
 from glide_fast.data.emoji import find_font
 from glide_fast.sampling.pipeline import ASSETS
 
@@ -24,7 +23,7 @@ MODELS = ("emoji_base.safetensors", "emoji_upsampler.safetensors")
 def versions() -> dict[str, str]:
     """The versions that a picture's bits can depend on."""
     return {
-        "glide_fast": importlib.metadata.version("glide-fast"),
+        "glide_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

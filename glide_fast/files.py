@@ -13,7 +13,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it replaces ``path``, on failure it is removed.
 
-    The content is flushed to disk before the rename, so that a kill or a power cut leaves the old file or the new one.
+    The content is flushed to disk before the rename, so that a kill or a power cut leaves the old file or the
+    new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)

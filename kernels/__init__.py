@@ -6,8 +6,8 @@ This is the door for the CUDA key (ROCm uses the same): a module here registers 
 
     LIBRARY.impl("group_norm", group_norm_kernel, "CUDA")
 
-and names its ops in REGISTERED. `glide_fast.ops` imports this package when Triton is installed. Nothing is registered
-yet: on CUDA the reference serves every op.
+and names its ops in REGISTERED. `glide_fast.ops` imports this package when Triton is installed. Nothing is
+registered yet: on CUDA the reference serves every op.
 """
 
 REGISTERED: tuple[str, ...] = ()

@@ -92,3 +92,9 @@ def assert_close(actual: torch.Tensor | npt.ArrayLike, name: str, key: str) -> N
         atol=tolerance.get("atol", 0.0),
         err_msg=f"{name}/{key}",
     )
+
+
+def state_dict_shapes(name: str) -> list[tuple[str, list[int]]]:
+    """The original's state dict: (name, shape) in its order."""
+    stored = json.loads((PARITY / "state_dicts.json").read_text(encoding="utf-8"))
+    return [(key, shape) for key, shape, _ in stored[name]]

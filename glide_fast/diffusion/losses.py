@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glide_fast.diffusion.process import GaussianDiffusion
+from glide_fast.diffusion.schedule import TableName
 
 
 class LossTerms(NamedTuple):
@@ -88,6 +89,22 @@ def simple_loss(
     return ((target - values) ** 2).flatten(1).mean(1)
 
 
+def v_weight(diffusion: GaussianDiffusion, t: Tensor, *, largest: float = 20.0) -> Tensor:
+    """The factor, at most `largest`, that turns the simple loss into that of v, float32 [B].
+
+    It is 1 / alpha_bar where the noise is predicted and 1 / (1 - alpha_bar) where x_0 is. The simple loss of
+    the noise hardly counts the noisiest steps, which decide what a picture shows; the loss of v =
+    sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0 weighs all alike (Salimans & Ho, arXiv 2202.00512, 4).
+
+    Raises:
+        ValueError: the model predicts the previous picture.
+    """
+    tables: dict[str, TableName] = {"epsilon": "alphas_cumprod", "x_start": "one_minus_alphas_cumprod"}
+    if diffusion.mean_type not in tables:
+        raise ValueError(f"no v weight for mean type {diffusion.mean_type!r}; known: {', '.join(tables)}")
+    return (1 / diffusion.schedule.at(tables[diffusion.mean_type], t, t.float())).clamp(max=largest)
+
+
 def hybrid_loss(
     diffusion: GaussianDiffusion,
     model_output: Tensor,
@@ -96,13 +113,14 @@ def hybrid_loss(
     t: Tensor,
     noise: Tensor,
     *,
+    mse_weight: Tensor | float = 1.0,
     vlb_weight: float | None = None,
 ) -> LossTerms:
     """Simple loss plus weighted variational bound, which teaches the variance (Improved DDPM, equation 16).
 
     model_output [B, 2C, H, W] is the model's answer to x_t = q_sample(x_start, t, noise) [B, C, H, W] at
     steps t [B]. The bound sees the mean's channels without gradient. Its weight is T / 1000 unless given: a
-    thousandth of the bound summed over all T steps.
+    thousandth of the bound summed over all T steps. `mse_weight` [B] multiplies the simple loss (`v_weight`).
 
     Raises:
         ValueError: the variance is not learned, or the output has the wrong shape.
@@ -115,7 +133,7 @@ def hybrid_loss(
     weight = diffusion.steps / 1000.0 if vlb_weight is None else vlb_weight
     mean_values, variance_values = model_output.chunk(2, dim=1)
     frozen = torch.cat([mean_values.detach(), variance_values], dim=1)
-    mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise)
+    mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise) * mse_weight
     vlb = vlb_term(diffusion, frozen, x_start, x_t, t) * weight
     return LossTerms(loss=mse + vlb, mse=mse, vlb=vlb)
 

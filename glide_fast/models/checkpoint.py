@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +20,12 @@ METADATA_KEY = "glide_fast"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A network together with the noise schedule it was trained on."""
+    """A network together with the noise schedule it was trained on, and what it predicts."""
 
     unet: UNetConfig
     schedule: str = "cosine"
     steps: int = 1000
+    prediction: Literal["epsilon", "x_start"] = "epsilon"
 
 
 class LoadedModel(NamedTuple):

@@ -66,18 +66,17 @@ class PointwiseConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm over 32 groups, float32 statistics, fused with what follows it: FiLM, SiLU, resampling."""
+    """GroupNorm with float32 statistics, fused with what follows it: FiLM, SiLU, resampling."""
 
-    groups = 32
-
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        if channels % self.groups:
-            lower = channels // self.groups * self.groups
+        if channels % groups:
+            lower = max(channels // groups, 1) * groups
             raise ValueError(
-                f"channels {channels} are not divisible by the {self.groups} groups of GroupNorm; "
-                f"use {max(lower, self.groups)} or {lower + self.groups}"
+                f"channels {channels} are not divisible by the {groups} groups of GroupNorm; "
+                f"use {lower} or {lower + groups}"
             )
+        self.groups = groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -148,19 +147,20 @@ class ResBlock(nn.Module):
         *,
         dropout: float = 0.0,
         scale_shift_norm: bool = True,
+        norm_groups: int = 32,
         resample: Resample = "none",
     ) -> None:
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
         self.resample: Resample = resample
         self.in_layers = nn.ModuleDict(
-            {"0": GroupNorm(channels), "2": Conv2d(channels, out_channels, 3, padding=1)}
+            {"0": GroupNorm(channels, norm_groups), "2": Conv2d(channels, out_channels, 3, padding=1)}
         )
         modulation = 2 * out_channels if scale_shift_norm else out_channels
         self.emb_layers = nn.ModuleDict({"1": Linear(embedding_channels, modulation)})
         self.out_layers = nn.ModuleDict(
             {
-                "0": GroupNorm(out_channels),
+                "0": GroupNorm(out_channels, norm_groups),
                 "2": nn.Dropout(dropout),
                 "3": zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
             }
@@ -187,14 +187,16 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a map, which attend to the text as well where there is one."""
 
-    def __init__(self, channels: int, heads: int, text_channels: int | None = None) -> None:
+    def __init__(
+        self, channels: int, heads: int, text_channels: int | None = None, *, norm_groups: int = 32
+    ) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(
                 f"channels {channels} are not divisible by {heads} heads; use a divisor of {channels}"
             )
         self.heads = heads
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, norm_groups)
         self.qkv = PointwiseConv(channels, 3 * channels)
         self.encoder_kv = None if text_channels is None else PointwiseConv(text_channels, 2 * channels)
         self.proj_out = zeroed(PointwiseConv(channels, channels))

@@ -40,8 +40,9 @@ class UNetConfig:
     ``channel_mult`` gives the channels of each level as multiples of ``channels``; ``attention_strides`` the
     downsampling rates that have attention. ``head_channels`` fixes the width of a head, else ``heads`` (and
     ``heads_up`` in the decoder) fix their number. ``resblock_updown`` resamples inside residual blocks, else
-    ``learned_resample`` decides whether resampling has a convolution. ``text``, ``low_res``, ``inpaint`` and
-    ``classes`` say what it is conditioned on.
+    ``learned_resample`` decides whether resampling has a convolution. ``norm_groups`` are the groups of every
+    GroupNorm: with as many groups as channels a layer would lose each channel's mean. ``text``, ``low_res``,
+    ``inpaint`` and ``classes`` say what it is conditioned on.
     """
 
     image_size: int
@@ -56,6 +57,7 @@ class UNetConfig:
     heads_up: int | None = None
     dropout: float = 0.0
     scale_shift_norm: bool = True
+    norm_groups: int = 32
     resblock_updown: bool = True
     learned_resample: bool = True
     text: TextConfig | None = None
@@ -113,7 +115,10 @@ class UNet(TextConditioned):
         )
         out = self._add_decoder(widths)
         self.out = nn.ModuleDict(
-            {"0": GroupNorm(out), "2": zeroed(Conv2d(out, config.out_channels, 3, padding=1))}
+            {
+                "0": GroupNorm(out, config.norm_groups),
+                "2": zeroed(Conv2d(out, config.out_channels, 3, padding=1)),
+            }
         )
         if config.text is not None:
             self.add_text_layers(config.text, embedding_channels)
@@ -125,6 +130,7 @@ class UNet(TextConditioned):
             4 * self.config.channels,
             dropout=self.config.dropout,
             scale_shift_norm=self.config.scale_shift_norm,
+            norm_groups=self.config.norm_groups,
         )
 
     def _attention(self, channels: int, heads: int) -> AttentionBlock:
@@ -136,7 +142,8 @@ class UNet(TextConditioned):
                     f"use a divisor of every attention level's channels"
                 )
             heads = channels // config.head_channels
-        return AttentionBlock(channels, heads, None if config.text is None else config.text.width)
+        text_channels = None if config.text is None else config.text.width
+        return AttentionBlock(channels, heads, text_channels, norm_groups=config.norm_groups)
 
     def _resampling(self, channels: int, direction: str) -> nn.Module:
         config = self.config

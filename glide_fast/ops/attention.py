@@ -137,8 +137,8 @@ def attention(
 ) -> Tensor:
     """Multi-head self-attention whose keys and values are the text's followed by the image's.
 
-    Products and softmax are computed in fp32 (fp64 for fp64 input); the scale is 1/sqrt(D), in the reference as
-    D**-0.25 on both query and key. There is no mask: padding is part of the text.
+    Products and softmax are computed in fp32 (fp64 for fp64 input); the scale is 1/sqrt(D), in the reference
+    as D**-0.25 on both query and key. There is no mask: padding is part of the text.
 
     Args:
         query: [B, T, N, D], any strides (views of one qkv projection are fine).

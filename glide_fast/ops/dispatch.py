@@ -43,19 +43,17 @@ class Implementation:
 
 
 _references: dict[Any, Callable[..., Any]] = {}
-_served: dict[
-    tuple[str, str], tuple[str, str]
-] = {}  # (op, device key) -> name and reason of the implementation
-_missing = dict.fromkeys(
-    DEVICE_KEYS, "no library was loaded"
-)  # why a device key has nothing but the reference
+# (op, device key) -> name and reason of the implementation
+_served: dict[tuple[str, str], tuple[str, str]] = {}
+# Why a device key has nothing but the reference.
+_missing = dict.fromkeys(DEVICE_KEYS, "no library was loaded")
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define op `name` with its default (the reference) and its fake; returns the callable overload.
 
-    The reference can also be called as op `name`_reference, which no device overrides: compiled code hands over to
-    it what it does not serve itself.
+    The reference can also be called as op `name`_reference, which no device overrides: compiled code hands
+    over to it what it does not serve itself.
 
     Args:
         name: name inside the namespace `glide_fast`.
@@ -130,7 +128,7 @@ def load_compiled() -> None:
 
 
 def cpp_library() -> Any | None:
-    """The loaded module `glide_fast._C`, or None: .capability(), .capabilities(), .select(name), .compiler()."""
+    """The loaded module `glide_fast._C` (capability, capabilities, select, compiler), or None."""
     try:
         return importlib.import_module("glide_fast._C")
     except ImportError:

@@ -2,8 +2,9 @@
 
     y = resample(activation((normalise(x) * weight + bias) * (1 + scale) + shift))
 
-Wu & He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494; scale and shift as in the "adaptive group
-normalization" of Dhariwal & Nichol, "Diffusion Models Beat GANs" (2021), https://arxiv.org/abs/2105.05233.
+Wu & He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494; scale and shift as in the "adaptive
+group normalization" of Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021),
+https://arxiv.org/abs/2105.05233.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
     """Adjoint of `resample` for an input whose space is `space`."""
     parts = 2 ** len(space)
     if mode == RESAMPLE_UP:
-        return _AVERAGE_POOL[grad.ndim](grad, 2) * parts
+        grad = _AVERAGE_POOL[grad.ndim](grad, 2) * parts
     if mode == RESAMPLE_DOWN:
         for dim, size in enumerate(space, start=2):
             grad = grad.repeat_interleave(2, dim=dim)
@@ -62,7 +62,7 @@ def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
                 last = list(grad.shape)
                 last[dim] = 1
                 grad = torch.cat([grad, grad.new_zeros(last)], dim=dim)
-        return grad / parts
+        grad = grad / parts
     return grad
 
 
@@ -77,7 +77,7 @@ def group_norm(
     silu: bool,
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = resample(silu((normalise(x) * weight + bias) * (1 + scale) + shift)), mean and 1/deviation [B, G]."""
+    """resample(silu((normalise(x) * weight + bias) * (1 + scale) + shift)), mean and 1/deviation [B, G]."""
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     grouped = wide.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
@@ -126,7 +126,7 @@ def group_norm_backward(
 
     # Every gradient but x's is made of these two sums over the pixels, [B, C].
     grad_sum, grad_normal_sum = flat.sum(2), (flat * normal).sum(2)
-    grad_shift = grad_scale = x.new_empty(0)
+    grad_scale, grad_shift = x.new_empty(0), x.new_empty(0)
     weight_terms, bias_terms = grad_normal_sum, grad_sum
     if film is not None and scale is not None and shift is not None:
         grad_scale = (grad_normal_sum * wide_weight + grad_sum * wide_bias).to(scale.dtype)
@@ -167,7 +167,7 @@ def attention(
     text_key: Tensor | None,  # [B, S, N, D]
     text_value: Tensor | None,  # [B, S, N, D]
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query [text_key, key]^T / sqrt(D)) [text_value, value] [B, T, N, D], log of its sum [B, N, T]."""
+    """softmax(query [text_key, key]^T / sqrt(D)) [text_value, value], and the log of its sum [B, N, T]."""
     wide_query, wide_key, wide_value = _attention_inputs(query, key, value, text_key, text_value)
     scores = wide_query @ wide_key.transpose(2, 3)
     log_sum = scores.logsumexp(dim=3)

@@ -23,6 +23,8 @@ def classifier_free(denoise: Denoiser, scale: float) -> Denoiser:
 
     epsilon = unconditional + scale (conditional - unconditional): scale 0 ignores the condition, 1 is the
     plain conditional model, GLIDE uses 3. Only the prediction is mixed, learned variances are conditional.
+    Predictions of x_0 are mixed by the same formula, which is the same guidance: given x_t, each is a linear
+    function of the other.
 
     Raises:
         ValueError: a scale outside 0 .. 100 or not finite.

@@ -52,7 +52,8 @@ class StageOptions:
             if not 2 <= steps <= config.steps:
                 raise ValueError(f"steps {steps} must lie in 2 .. {config.steps}; 25 to 100 is usual")
             steps = f"ddim{steps}" if config.steps % steps == 0 else str(steps)
-        return GaussianDiffusion(schedule=Schedule.create(config.schedule, config.steps, steps))
+        schedule = Schedule.create(config.schedule, config.steps, steps)
+        return GaussianDiffusion(schedule=schedule, mean_type=config.prediction)
 
 
 BASE_OPTIONS = StageOptions()

@@ -26,7 +26,14 @@ from glide_fast.data import emoji
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.folder import load_dataset
 from glide_fast.data.images import grid, save_png, to_uint8
-from glide_fast.diffusion import GaussianDiffusion, LossTerms, Schedule, hybrid_loss, timestep_sampler
+from glide_fast.diffusion import (
+    GaussianDiffusion,
+    LossTerms,
+    Schedule,
+    hybrid_loss,
+    timestep_sampler,
+    v_weight,
+)
 from glide_fast.files import replacing
 from glide_fast.models import UNet, save_model
 from glide_fast.training.config import TrainConfig
@@ -74,9 +81,8 @@ class Trainer:
         self.config = config
         self.directory = directory
         self.task: Task = TASKS[config.task](config, load_pictures(config))
-        self.diffusion = GaussianDiffusion(
-            schedule=Schedule.create(config.model.schedule, config.model.steps, "")
-        )
+        schedule = Schedule.create(config.model.schedule, config.model.steps, "")
+        self.diffusion = GaussianDiffusion(schedule=schedule, mean_type=config.model.prediction)
         torch.manual_seed(config.seed)
         self.model = UNet(config.model.unet, compute_dtype=getattr(torch, config.compute_dtype))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
@@ -151,7 +157,8 @@ class Trainer:
             mask=batch.mask,
             low_res=batch.low_res,
         )
-        return hybrid_loss(self.diffusion, output, batch.x_start, x_t, t, noise)
+        weight = v_weight(self.diffusion, t) if self.config.weighting == "v" else 1.0
+        return hybrid_loss(self.diffusion, output, batch.x_start, x_t, t, noise, mse_weight=weight)
 
     def _stop(self, batch: Batch, t: Tensor, noise: Tensor) -> None:
         message = explain_non_finite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from glide_fast.training.config import TrainConfig
 from glide_fast.training.ema import ExponentialMovingAverage
 
 ENTRIES = ("config", "step", "model", "ema", "optimizer", "timesteps")
-FREE_TO_CHANGE = ("steps", "save_every", "samples", "optimizer.decay_steps", "optimizer.learning_rate")
+FREE_TO_CHANGE = (
+    "steps",
+    "save_every",
+    "samples",
+    "weighting",
+    "optimizer.decay_steps",
+    "optimizer.learning_rate",
+)
 
 
 @dataclass(kw_only=True)
@@ -57,6 +65,9 @@ class TrainingState:
             ValueError: the file is broken, or its config differs in more than the length of the run.
         """
         try:
+            with zipfile.ZipFile(path) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {part} is wrong")
             values = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint: {error}") from None

@@ -40,7 +40,12 @@ def inputs(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         shape = json.loads(source["rule"].split("(", 2)[2].split(")")[0].join("[]"))
         return normal(key, shape, seed)
 
-    conditions = {"tokens": given("tokens"), "mask": given("mask"), "low_res": given("low_res"), "labels": given("y")}
+    conditions = {
+        "tokens": given("tokens"),
+        "mask": given("mask"),
+        "low_res": given("low_res"),
+        "labels": given("y"),
+    }
     image, mask = given("inpaint_image"), given("inpaint_mask")
     if image is not None and mask is not None:
         conditions["known"] = MaskedImage(image, mask)
@@ -73,7 +78,12 @@ def test_output_and_gradients(name: str) -> None:
     if "grad_low_res" in data(name):
         assert low_res is not None
         assert_close(low_res.grad, name, "grad_low_res")
-    norms = torch.stack([torch.zeros((), dtype=torch.float64) if p.grad is None else p.grad.double().norm() for p in model.parameters()])
+    norms = torch.stack(
+        [
+            torch.zeros((), dtype=torch.float64) if p.grad is None else p.grad.double().norm()
+            for p in model.parameters()
+        ]
+    )
     assert_close(norms, name, "param_grad_norms")
 
 

@@ -1,0 +1,110 @@
+"""GroupNorm and attention at glide-base's shapes, against eager PyTorch computing as the original code does.
+
+Each side has its own layout: [B, C, H, W] and [B, C, T] in memory for the original, channels-last for ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.suite import Case
+from glide_fast.models.presets import PRESETS
+from glide_fast.ops import Resample, attention, group_norm
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim < 3 else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _our_norm(x: Tensor, weight: Tensor, bias: Tensor, film: Tensor, *, resample: Resample) -> Tensor:
+    scale, shift = film.chunk(2, dim=1)
+    return group_norm(x, weight, bias, scale=scale, shift=shift, activation="silu", resample=resample)
+
+
+def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor, film: Tensor, *, resample: Resample) -> Tensor:
+    scale, shift = film[:, :, None, None].chunk(2, dim=1)
+    y = F.silu(F.group_norm(x, 32, weight, bias) * (1 + scale) + shift)
+    if resample == "none":
+        return y
+    return F.interpolate(y, scale_factor=2, mode="nearest") if resample == "up" else F.avg_pool2d(y, 2)
+
+
+def norm_case(channels: int, size: int, *, resample: Resample = "none") -> Case:
+    """GroupNorm, FiLM, SiLU and resampling of one picture; its work is to read x and write y."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        parameters = 1 + 0.1 * torch.randn(channels), 0.1 * torch.randn(channels)
+        return torch.randn(1, channels, size, size), *parameters, 0.1 * torch.randn(1, 2 * channels)
+
+    return Case(
+        name=f"GroupNorm FiLM SiLU{'' if resample == 'none' else f' {resample}'} {channels}x{size}x{size}",
+        ours=partial(_our_norm, resample=resample),
+        peer=partial(_plain_norm, resample=resample),
+        inputs=inputs,
+        work=4 * channels * size**2 * (1 + {"none": 1, "up": 4, "down": 0.25}[resample]),
+        unit="GB/s",
+        layout=_channels_last,
+    )
+
+
+def _our_attention(qkv: Tensor, text: Tensor, *, heads: int) -> Tensor:
+    query, key, value = qkv.transpose(1, 2).unflatten(2, (heads, 3, -1)).unbind(3)
+    text_key, text_value = text.transpose(1, 2).unflatten(2, (heads, 2, -1)).unbind(3)
+    y = attention(query, key, value, text_key=text_key, text_value=text_value)
+    return y.flatten(2).transpose(1, 2)
+
+
+def _plain_attention(qkv: Tensor, text: Tensor, *, heads: int) -> Tensor:
+    query, key, value = qkv.unflatten(1, (heads, 3, -1)).unbind(2)  # [B, N, D, T]
+    text_key, text_value = text.unflatten(1, (heads, 2, -1)).unbind(2)
+    keys, values = torch.cat([text_key, key], dim=3), torch.cat([text_value, value], dim=3)
+    root = query.shape[2] ** -0.25
+    weights = torch.einsum("bnct,bncs->bnts", query * root, keys * root).softmax(dim=3)
+    return torch.einsum("bnts,bncs->bnct", weights, values).flatten(1, 2)
+
+
+def attention_case(channels: int, size: int, *, heads: int, text: int) -> Case:
+    """Attention of one picture's pixels to the text and to each other; its work is the two products."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        return torch.randn(1, 3 * channels, size**2), torch.randn(1, 2 * channels, text)
+
+    return Case(
+        name=f"attention {heads} heads {size}x{size} + {text}",
+        ours=partial(_our_attention, heads=heads),
+        peer=partial(_plain_attention, heads=heads),
+        inputs=inputs,
+        work=4 * channels * size**2 * (size**2 + text),
+        unit="GFLOP/s",
+        layout=_channels_last,
+    )
+
+
+def with_backward(case: Case) -> Case:
+    """Forward and backward: the norm also reads x and a gradient and writes x's; attention has 5 products."""
+    factor = 2.5 if case.unit == "GB/s" else 3.5
+    return replace(case, name=f"{case.name} + backward", backward=True, work=factor * case.work)
+
+
+def cases() -> Iterable[Case]:
+    """Every level of glide-base, its resampling, its attention; each forward, then with backward."""
+    unet = PRESETS["glide-base"].unet
+    text, head = unet.text.context if unet.text else 0, unet.head_channels or unet.channels
+    maps = [
+        (int(unet.channels * mult), unet.image_size >> level) for level, mult in enumerate(unet.channel_mult)
+    ]
+    chosen = [norm_case(*shape) for shape in maps]
+    chosen += [norm_case(*maps[0], resample="down"), norm_case(*maps[1], resample="up")]
+    for channels, size in maps:
+        if unet.image_size // size in unet.attention_strides:
+            chosen.append(attention_case(channels, size, heads=channels // head, text=text))
+    for case in chosen:
+        yield from (case, with_backward(case))

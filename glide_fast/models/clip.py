@@ -1,0 +1,207 @@
+"""CLIP: pictures and texts in one space (Radford et al. 2021, arXiv 2103.00020), with OpenAI's names.
+
+The picture tower is a vision transformer or a ResNet; the text tower is a causal transformer. Weights follow
+the activations' dtype at use; norms compute in that of their parameters, float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glide_fast import ops
+from glide_fast.models.layers import Conv2d, Linear
+from glide_fast.models.resnet import ResNetConfig, ResNetTower
+from glide_fast.models.transformer import LayerNorm
+
+VISION_HEAD_CHANNELS = 64
+LARGEST_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTransformerConfig:
+    """A vision transformer over patches of ``patch_size`` pixels, with heads of 64 channels."""
+
+    width: int
+    layers: int
+    patch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Both towers; ``embedding`` is the width of the space they share."""
+
+    embedding: int
+    image_size: int
+    vision: VisionTransformerConfig | ResNetConfig
+    width: int
+    layers: int
+    heads: int
+    context: int = 77
+    vocabulary: int = 49408
+
+
+class ClipAttention(nn.Module):
+    """Multi-head self-attention with PyTorch's parameter names (queries, keys, values stacked)."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        projected = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
+        split = torch.unflatten(projected, 2, (3, self.heads, -1))
+        query, key, value = split.unbind(2)  # [B, T, N, D]
+        if not self.causal:
+            return self.out_proj(ops.attention(query, key, value).flatten(2))  # type: ignore[no-any-return]
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ClipPerceptron(nn.Module):
+    """Two layers around QuickGELU, x sigmoid(1.702 x)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        return self.c_proj(quick_gelu(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class ClipBlock(nn.Module):
+    """x + attention(norm(x)), then x + perceptron(norm(x))."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.attn = ClipAttention(width, heads, causal=causal)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = ClipPerceptron(width)
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class ClipTransformer(nn.Module):
+    """A stack of blocks, initialised as in the paper's code (normal, narrower for deeper stacks)."""
+
+    def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"CLIP width {width} is not divisible by {heads} heads; use a divisor of {width}"
+            )
+        self.resblocks = nn.ModuleList(ClipBlock(width, heads, causal=causal) for _ in range(layers))
+        deep = (2 * layers) ** -0.5
+        stds = {"in_proj_weight": 1.0, "out_proj.weight": deep, "c_fc.weight": 2**-0.5, "c_proj.weight": deep}
+        for name, parameter in self.resblocks.named_parameters():
+            for ending, std in stds.items():
+                if name.endswith(ending):
+                    nn.init.normal_(parameter, std=std * width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a class token through a transformer; the class token, projected, is the embedding."""
+
+    def __init__(self, config: VisionTransformerConfig, image_size: int, embedding: int) -> None:
+        super().__init__()
+        width, patch = config.width, config.patch_size
+        if image_size % patch:
+            raise ValueError(
+                f"picture size {image_size} is not divisible by patches of {patch}; use a multiple"
+            )
+        if width % VISION_HEAD_CHANNELS:
+            raise ValueError(
+                f"vision width {width} is not divisible by {VISION_HEAD_CHANNELS}; use a multiple"
+            )
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((image_size // patch) ** 2 + 1, width))
+        self.proj = nn.Parameter(scale * torch.randn(width, embedding))
+        self.conv1 = Conv2d(3, width, patch, stride=patch, bias=False)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = ClipTransformer(width, config.layers, width // VISION_HEAD_CHANNELS, causal=False)
+        self.ln_post = LayerNorm(width)
+
+    def forward(self, image: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, embedding]
+        patches = self.conv1(image).flatten(2).transpose(1, 2)
+        token = self.class_embedding.to(image.dtype).expand(len(image), 1, -1)
+        x = torch.cat([token, patches], dim=1) + self.positional_embedding.to(image.dtype)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj.to(image.dtype)  # type: ignore[no-any-return]
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature; ``compute_dtype`` is that of the activations."""
+
+    def __init__(self, config: CLIPConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        width = config.width
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, width))
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embedding))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.visual = (
+            VisionTransformer(config.vision, config.image_size, config.embedding)
+            if isinstance(config.vision, VisionTransformerConfig)
+            else ResNetTower(config.vision, config.image_size, config.embedding)
+        )
+        self.transformer = ClipTransformer(width, config.layers, config.heads, causal=True)
+        self.token_embedding = nn.Embedding(config.vocabulary, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.ln_final = LayerNorm(width)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> [B, embedding], not of unit length.
+
+        Raises:
+            ValueError: the pictures are not of the model's size.
+        """
+        size = self.config.image_size
+        if image.shape[1:] != (3, size, size):
+            raise ValueError(f"pictures are {tuple(image.shape)}; this CLIP reads [B, 3, {size}, {size}]")
+        return self.visual(image.to(self.compute_dtype))  # type: ignore[no-any-return]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, context], whose largest id marks the end of the text, -> [B, embedding].
+
+        Raises:
+            ValueError: the tokens are not of the model's context length.
+        """
+        if tokens.shape[-1] != self.config.context:
+            raise ValueError(f"tokens have length {tokens.shape[-1]}, the context is {self.config.context}")
+        x = self.token_embedding(tokens).to(self.compute_dtype)
+        x = self.transformer(x + self.positional_embedding.to(self.compute_dtype))
+        ends = self.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
+        return ends @ self.text_projection.to(self.compute_dtype)  # type: ignore[no-any-return]
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosine similarities: per picture [images, texts], and the same per text [texts, images]."""
+        images, texts = (
+            F.normalize(each, dim=1) for each in (self.encode_image(image), self.encode_text(tokens))
+        )
+        logits = self.logit_scale.exp() * images @ texts.T
+        return logits, logits.T
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)

@@ -1,0 +1,116 @@
+"""Training configs: every wrong field is named before any work starts; the recipes that ship are right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glide_fast.config import from_dict, load_toml
+from glide_fast.data.emoji_captions import held_out_captions, list_emoji
+from glide_fast.diffusion import Schedule
+from glide_fast.models import UNet
+from glide_fast.text.tokenizer import get_tokenizer
+from glide_fast.training.config import SampleConfig, TrainConfig
+from tests.training.tiny import tiny_config
+
+RECIPES = Path(__file__).parents[2] / "configs"
+PARAMETERS = {"emoji_base": 9_380_614, "emoji_upsampler": 1_757_734}
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    shape = {
+        "image_size": 8,
+        "channels": "many",
+        "channel_mult": [1],
+        "res_blocks": 1,
+        "attention_strides": [],
+    }
+    values = {
+        "task": "base",
+        "batchsize": 4,
+        "model": {"unet": shape | {"text": {"contxt": 6}}},
+        "optimizer": {"learning_rate": None, "beta": [0.9, 0.99]},
+    }
+    with pytest.raises(ValueError, match=re.escape("a.toml does not describe a TrainConfig")) as caught:
+        from_dict(TrainConfig, values, "a.toml")
+    lines = str(caught.value).splitlines()[1:]
+    named = [line.strip().split(":")[0] for line in lines]
+    assert sorted(named) == [
+        "batchsize",
+        "model.unet.channels",
+        "model.unet.text.contxt",
+        "optimizer.beta",
+        "optimizer.learning_rate",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch 0 must be at least 1"),
+        ({"batch": 6, "accumulate": 4}, "batch 6 cannot be taken in accumulate = 4 equal parts"),
+        ({"accumulate": 0}, "accumulate = 0"),
+        ({"caption_drop": 1.0}, r"caption_drop 1\.0 must be in \[0, 1\)"),
+        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"save_every": 0}, "save_every 0 must be at least 1"),
+        ({"samples": SampleConfig(every=0)}, r"samples\.every 0 must be at least 1"),
+        (
+            {"samples": SampleConfig(prompts=("sun",), steps=21)},
+            r"samples\.steps 21 must lie in 2 \.\. .* 20",
+        ),
+        ({"samples": SampleConfig(prompts=("sun",), steps=1)}, r"samples\.steps 1 must lie in 2 \.\. "),
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(Path("pictures"), **changes)
+
+
+def test_several_values_out_of_range_are_told_together() -> None:
+    with pytest.raises(ValueError, match=r"batch 0.*caption_drop 2.*steps -1"):
+        tiny_config(Path("pictures"), batch=0, caption_drop=2, steps=-1)
+
+
+@pytest.mark.parametrize("task", ["base", "upsampler"])
+def test_the_task_and_the_model_must_agree_on_low_res(task: str) -> None:
+    other = {"base": "upsampler", "upsampler": "base"}[task]
+    model = tiny_config(Path("pictures"), task=other).model
+    with pytest.raises(ValueError, match=f"task '{task}' and model.unet.low_res = .* do not fit"):
+        tiny_config(Path("pictures"), task=task, model=model)
+
+
+def test_a_model_without_text_is_refused() -> None:
+    values = {"task": "base", "model": {"unet": {"image_size": 8, "channels": 32, "channel_mult": [1]}}}
+    values["model"]["unet"] |= {"res_blocks": 1, "attention_strides": []}  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"needs a model with text; add \[model\.unet\.text\]"):
+        from_dict(TrainConfig, values, "a.toml")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_describes_a_model_of_the_documented_size(name: str) -> None:
+    config = load_toml(TrainConfig, RECIPES / f"{name}.toml")
+    with torch.device("meta"):
+        model = UNet(config.model.unet)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_there_is_a_count_for_every_recipe() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_fits_its_tokenizer_schedule_and_data(name: str) -> None:
+    config = load_toml(TrainConfig, RECIPES / f"{name}.toml")
+    text = config.model.unet.text
+    assert text is not None
+    assert get_tokenizer(text.tokenizer).size == text.vocabulary
+    Schedule.create(config.model.schedule, config.model.steps, "")
+    pytest.importorskip("emoji")
+    captions = {item.caption for item in list_emoji()} - set(held_out_captions())
+    assert set(config.samples.prompts) <= captions
+    tokenizer = get_tokenizer(text.tokenizer)
+    assert max(len(tokenizer.encode(caption)) for caption in captions) <= text.context

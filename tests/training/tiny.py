@@ -1,0 +1,99 @@
+"""Runs so small that they can be trained, killed and resumed in a test: 8 px pictures, one level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glide_fast.data.images import save_png
+from glide_fast.models import ModelConfig, TextConfig, UNetConfig
+from glide_fast.text.tokenizer import embedded_tokenizer
+from glide_fast.training.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from glide_fast.training.log import read_log
+from glide_fast.training.loop import Trainer
+
+CAPTIONS = ("red apple", "dog face", "rocket", "sun", "key", "pizza", "cat", "house", "fire", "bicycle")
+SIZE = 8
+
+
+def paint_folder(folder: Path) -> Path:
+    """A data set of one picture a caption: a smooth pattern of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 1, SIZE)
+    for number, caption in enumerate(CAPTIONS):
+        phase = np.array([0.0, 2.0, 4.0]) + number
+        waves = np.sin(3 * ramp[:, None, None] + phase) * np.cos(
+            2 * ramp[None, :, None] * (number % 3) + phase
+        )
+        save_png(folder / f"{number}.png", ((waves + 1) * 127.5).round().astype(np.uint8))
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def tiny_unet(**changes: Any) -> UNetConfig:
+    text = TextConfig(
+        tokenizer="embedded", vocabulary=embedded_tokenizer().size, context=6, width=32, layers=1, heads=2
+    )
+    shape = UNetConfig(
+        image_size=SIZE,
+        channels=32,
+        channel_mult=(1,),
+        res_blocks=1,
+        attention_strides=(1,),
+        head_channels=32,
+        text=text,
+    )
+    return replace(shape, **changes)
+
+
+def tiny_config(folder: Path, *, task: str = "base", **changes: Any) -> TrainConfig:
+    """A run of 12 steps with dropout; ``changes`` replace fields of the config."""
+    model = ModelConfig(unet=tiny_unet(low_res=task == "upsampler", dropout=0.1), steps=20)
+    values: dict[str, Any] = {
+        "task": task,
+        "model": model,
+        "data": DataConfig(source=str(folder)),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=4, ema=0.99),
+        "samples": SampleConfig(prompts=CAPTIONS[:2], every=100, steps=2),
+        "steps": 12,
+        "batch": 4,
+        "save_every": 100,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of every tensor that the next step depends on, by name."""
+    state = trainer.state
+    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    tensors |= {f"timesteps.{name}": tensor for name, tensor in state.timesteps.state_dict().items()}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Every tensor equals its namesake, bit for bit."""
+    assert left.keys() == right.keys()
+    different = [name for name, tensor in left.items() if not torch.equal(tensor, right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ, the first is {different[0]}"
+
+
+def log_without_speed(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run's log without the only field that depends on the clock."""
+    records = read_log(directory / "log.jsonl")
+    return [
+        {name: value for name, value in record.items() if name != "images_per_second"} for record in records
+    ]
+
+
+def finished(directory: Path) -> dict[str, bytes]:
+    """The files of a run that hold no timings, by name; temporary ones left out."""
+    names = ["model.safetensors", "loss.png", "config.json"]
+    files = [directory / name for name in names] + sorted((directory / "samples").glob("step-*.png"))
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
