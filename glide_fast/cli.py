@@ -175,12 +175,14 @@ class Train:
     """A recipe, such as configs/emoji_base.toml."""
     out: Path
     """The run's folder: config, log, loss curve, samples, checkpoint and model."""
+    initial: Path | None = None
+    """A model file (.safetensors) whose weights a new run starts from."""
 
     def run(self) -> None:
         config = load_toml(TrainConfig, self.config)
         if (self.out / "checkpoint.pt").exists():
             print(f"going on with the run in {self.out}")
-        train(config, self.out)
+        train(config, self.out, self.initial)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ assert_close(model(x), "glide_base", "out")
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -98,3 +99,12 @@ def state_dict_shapes(name: str) -> list[tuple[str, list[int]]]:
     """The original's state dict: (name, shape) in its order."""
     stored = json.loads((PARITY / "state_dicts.json").read_text(encoding="utf-8"))
     return [(key, shape) for key, shape, _ in stored[name]]
+
+
+def input_of(name: str, key: str) -> torch.Tensor:
+    """One input of a fixture: stored, or made by its rule "normal('key', shape, seed)"."""
+    source = entry(name)["inputs"][key]
+    if "stored" in source:
+        return torch.from_numpy(data(name)[source["stored"]])
+    rule_key, shape, seed = ast.literal_eval(source["rule"].removeprefix("normal"))
+    return normal(rule_key, shape, seed)

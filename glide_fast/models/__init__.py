@@ -3,7 +3,8 @@
 from glide_fast.models.checkpoint import LoadedModel, ModelConfig, load_model, save_model
 from glide_fast.models.conditioning import MaskedImage, TextConfig, TextEncoding
 from glide_fast.models.presets import PRESETS, preset
-from glide_fast.models.unet import UNet, UNetConfig
+from glide_fast.models.trunk import UNetConfig
+from glide_fast.models.unet import UNet
 
 __all__ = [
     "PRESETS",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from glide_fast.config import from_json, to_json
 from glide_fast.files import replacing
-from glide_fast.models.unet import UNet, UNetConfig
+from glide_fast.models.trunk import UNetConfig
+from glide_fast.models.unet import UNet
 
 METADATA_KEY = "glide_fast"
 

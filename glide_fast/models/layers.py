@@ -10,7 +10,7 @@ Sources: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), ADM (2105.05233), 
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from glide_fast import ops
 
 Resample = Literal["none", "up", "down"]
+AttentionOrder = Literal["by_head", "by_role"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -44,12 +45,25 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class Conv2d(nn.Conv2d):
+class _FollowsInput(nn.modules.conv._ConvNd):
+    def forward(self, x: Tensor) -> Tensor:  # [B, in, *space] -> [B, out, *space]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+class Conv1d(_FollowsInput, nn.Conv1d):
+    """``nn.Conv1d`` whose weights follow the dtype of its input."""
+
+
+class Conv2d(_FollowsInput, nn.Conv2d):
     """``nn.Conv2d`` whose weights follow the dtype of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, in, H, W] -> [B, out, H, W]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding)
+
+class Conv3d(_FollowsInput, nn.Conv3d):
+    """``nn.Conv3d`` whose weights follow the dtype of its input."""
+
+
+CONVOLUTIONS: dict[int, type[Conv1d] | type[Conv2d] | type[Conv3d]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 class PointwiseConv(nn.Module):
@@ -89,6 +103,9 @@ class GroupNorm(nn.Module):
         activation: Literal["none", "silu"] = "none",
         resample: Resample = "none",
     ) -> Tensor:
+        if resample != "none" and x.dim() == 5:  # a volume keeps its depth, which the op would resample
+            y: Tensor = self(x, scale=scale, shift=shift, activation=activation)
+            return resample_nearest(y, resample)
         return ops.group_norm(
             x,
             self.weight,
@@ -102,18 +119,22 @@ class GroupNorm(nn.Module):
 
 
 def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
-    """Double (nearest) or halve (average) the two sides of [B, C, H, W], or leave it as it is."""
+    """Double (nearest) or halve (average) the sides of [B, C, *space], not a volume's depth; or leave it."""
+    if resample == "none":
+        return x
+    factors = [1, 2, 2] if x.dim() == 5 else [2] * (x.dim() - 2)
     if resample == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-    return F.avg_pool2d(x, 2) if resample == "down" else x
+        return F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
+    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
+    return pool(x, factors)  # type: ignore[no-any-return]
 
 
 class Upsample(nn.Module):
     """Nearest 2× upsampling, then a 3×3 convolution if ``learned``."""
 
-    def __init__(self, channels: int, *, learned: bool) -> None:
+    def __init__(self, channels: int, *, dims: int = 2, learned: bool) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1) if learned else None
+        self.conv = CONVOLUTIONS[dims](channels, channels, 3, padding=1) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 2H, 2W]
         x = resample_nearest(x, "up")
@@ -123,9 +144,11 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """A 3×3 convolution of stride 2 if ``learned``, else a 2×2 average."""
 
-    def __init__(self, channels: int, *, learned: bool) -> None:
+    def __init__(self, channels: int, *, dims: int = 2, learned: bool) -> None:
         super().__init__()
-        self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
+        stride: Any = (1, 2, 2) if dims == 3 else 2
+        convolution = CONVOLUTIONS[dims]
+        self.op = convolution(channels, channels, 3, stride=stride, padding=1) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H/2, W/2]
         return resample_nearest(x, "down") if self.op is None else self.op(x)
@@ -145,6 +168,7 @@ class ResBlock(nn.Module):
         out_channels: int,
         embedding_channels: int,
         *,
+        dims: int = 2,
         dropout: float = 0.0,
         scale_shift_norm: bool = True,
         norm_groups: int = 32,
@@ -153,8 +177,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
         self.resample: Resample = resample
+        convolution = CONVOLUTIONS[dims]
         self.in_layers = nn.ModuleDict(
-            {"0": GroupNorm(channels, norm_groups), "2": Conv2d(channels, out_channels, 3, padding=1)}
+            {"0": GroupNorm(channels, norm_groups), "2": convolution(channels, out_channels, 3, padding=1)}
         )
         modulation = 2 * out_channels if scale_shift_norm else out_channels
         self.emb_layers = nn.ModuleDict({"1": Linear(embedding_channels, modulation)})
@@ -162,11 +187,11 @@ class ResBlock(nn.Module):
             {
                 "0": GroupNorm(out_channels, norm_groups),
                 "2": nn.Dropout(dropout),
-                "3": zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
+                "3": zeroed(convolution(out_channels, out_channels, 3, padding=1)),
             }
         )
         self.skip_connection = (
-            nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
+            nn.Identity() if channels == out_channels else convolution(channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -178,7 +203,9 @@ class ResBlock(nn.Module):
             scale, shift = modulation.chunk(2, dim=1)
             h = self.out_layers["0"](h, scale=scale, shift=shift, activation="silu")
         else:
-            h = self.out_layers["0"](h + modulation[:, :, None, None], activation="silu")
+            h = self.out_layers["0"](
+                h + modulation.view(*modulation.shape, *[1] * (h.dim() - 2)), activation="silu"
+            )
         h = self.out_layers["3"](self.out_layers["2"](h))
         skip: Tensor = self.skip_connection(resample_nearest(x, self.resample))
         return skip + h
@@ -188,7 +215,13 @@ class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a map, which attend to the text as well where there is one."""
 
     def __init__(
-        self, channels: int, heads: int, text_channels: int | None = None, *, norm_groups: int = 32
+        self,
+        channels: int,
+        heads: int,
+        text_channels: int | None = None,
+        *,
+        order: AttentionOrder = "by_head",
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         if channels % heads:
@@ -196,6 +229,7 @@ class AttentionBlock(nn.Module):
                 f"channels {channels} are not divisible by {heads} heads; use a divisor of {channels}"
             )
         self.heads = heads
+        self.order = order
         self.norm = GroupNorm(channels, norm_groups)
         self.qkv = PointwiseConv(channels, 3 * channels)
         self.encoder_kv = None if text_channels is None else PointwiseConv(text_channels, 2 * channels)
@@ -213,8 +247,10 @@ class AttentionBlock(nn.Module):
         return x + projected.transpose(1, 2).view_as(x)
 
     def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, T, N·parts·D], interleaved a head -> ``parts`` views [B, T, N, D]."""
-        return torch.unflatten(projection, 2, (self.heads, parts, -1)).unbind(3)
+        """[B, T, N·parts·D] -> ``parts`` views [B, T, N, D], laid out by head or by part."""
+        if self.order == "by_head":
+            return torch.unflatten(projection, 2, (self.heads, parts, -1)).unbind(3)
+        return torch.unflatten(projection, 2, (parts, self.heads, -1)).unbind(2)
 
 
 def zeroed(module: Module) -> Module:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from glide_fast.models.checkpoint import ModelConfig
 from glide_fast.models.conditioning import TextConfig
-from glide_fast.models.unet import UNetConfig
+from glide_fast.models.trunk import UNetConfig
 
 _GLIDE_BASE = ModelConfig(
     unet=UNetConfig(

@@ -6,189 +6,48 @@ Layout, numbering and parameter names are upstream's; what a model is conditione
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_fast.models.conditioning import (
-    MaskedImage,
-    TextConditioned,
-    TextConfig,
-    TextEncoding,
-    low_res_channels,
-    masked_channels,
-)
-from glide_fast.models.layers import (
-    AttentionBlock,
-    Conv2d,
-    Downsample,
-    GroupNorm,
-    Linear,
-    ResBlock,
-    Upsample,
-    timestep_embedding,
-    zeroed,
-)
+from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
+from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, zeroed
+from glide_fast.models.trunk import Stage, Trunk, UNetConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The shape of a U-Net.
-
-    ``channel_mult`` gives the channels of each level as multiples of ``channels``; ``attention_strides`` the
-    downsampling rates that have attention. ``head_channels`` fixes the width of a head, else ``heads`` (and
-    ``heads_up`` in the decoder) fix their number. ``resblock_updown`` resamples inside residual blocks, else
-    ``learned_resample`` decides whether resampling has a convolution. ``norm_groups`` are the groups of every
-    GroupNorm: with as many groups as channels a layer would lose each channel's mean. ``text``, ``low_res``,
-    ``inpaint`` and ``classes`` say what it is conditioned on.
-    """
-
-    image_size: int
-    channels: int
-    channel_mult: tuple[float, ...]
-    res_blocks: int
-    attention_strides: tuple[int, ...]
-    image_channels: int = 3
-    out_channels: int = 6
-    head_channels: int | None = 64
-    heads: int = 1
-    heads_up: int | None = None
-    dropout: float = 0.0
-    scale_shift_norm: bool = True
-    norm_groups: int = 32
-    resblock_updown: bool = True
-    learned_resample: bool = True
-    text: TextConfig | None = None
-    low_res: bool = False
-    inpaint: bool = False
-    classes: int | None = None
-
-    @property
-    def in_channels(self) -> int:
-        """Channels the stem reads: the noised picture and the pictures it is conditioned on."""
-        return self.image_channels + (4 if self.inpaint else 0) + (3 if self.low_res else 0)
-
-
-class Stage(nn.ModuleList):
-    """Layers applied in order, each given what it needs besides the activations."""
-
-    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
-            elif isinstance(layer, AttentionBlock):
-                x = layer(x, text)
-            else:
-                x = layer(x)
-        return x
-
-
-class UNet(TextConditioned):
+class UNet(Trunk):
     """Predicts the noise (and the variance) of a picture at a timestep.
 
     ``compute_dtype`` is the dtype of the activations.
     """
 
     def __init__(self, config: UNetConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype = compute_dtype
-        embedding_channels = 4 * config.channels
-        self.time_embed = nn.ModuleDict(
-            {
-                "0": Linear(config.channels, embedding_channels),
-                "2": Linear(embedding_channels, embedding_channels),
-            }
-        )
-        if config.classes is not None:
-            self.label_emb = nn.Embedding(config.classes, embedding_channels)
-        widths = self._add_encoder()
-        middle = widths[-1]
-        self.middle_block = Stage(
-            [
-                self._res_block(middle, middle),
-                self._attention(middle, config.heads),
-                self._res_block(middle, middle),
-            ]
-        )
-        out = self._add_decoder(widths)
+        super().__init__(config, compute_dtype=compute_dtype)
+        out = self._add_decoder()
         self.out = nn.ModuleDict(
             {
                 "0": GroupNorm(out, config.norm_groups),
-                "2": zeroed(Conv2d(out, config.out_channels, 3, padding=1)),
+                "2": zeroed(CONVOLUTIONS[config.dims](out, config.out_channels, 3, padding=1)),
             }
         )
         if config.text is not None:
-            self.add_text_layers(config.text, embedding_channels)
+            self.add_text_layers(config.text, 4 * config.channels)
 
-    def _res_block(self, channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(
-            channels,
-            out_channels,
-            4 * self.config.channels,
-            dropout=self.config.dropout,
-            scale_shift_norm=self.config.scale_shift_norm,
-            norm_groups=self.config.norm_groups,
-        )
-
-    def _attention(self, channels: int, heads: int) -> AttentionBlock:
-        config = self.config
-        if config.head_channels is not None:
-            if channels % config.head_channels:
-                raise ValueError(
-                    f"channels {channels} are not divisible by head_channels {config.head_channels}; "
-                    f"use a divisor of every attention level's channels"
-                )
-            heads = channels // config.head_channels
-        text_channels = None if config.text is None else config.text.width
-        return AttentionBlock(channels, heads, text_channels, norm_groups=config.norm_groups)
-
-    def _resampling(self, channels: int, direction: str) -> nn.Module:
-        config = self.config
-        if config.resblock_updown:
-            block = self._res_block(channels, channels)
-            block.resample = "up" if direction == "up" else "down"
-            return block
-        layer = Upsample if direction == "up" else Downsample
-        return layer(channels, learned=config.learned_resample)
-
-    def _add_encoder(self) -> list[int]:
-        """Create ``input_blocks``; the channels of every skip connection are returned in order."""
-        config = self.config
-        width = int(config.channel_mult[0] * config.channels)
-        self.input_blocks = nn.ModuleList([Stage([Conv2d(config.in_channels, width, 3, padding=1)])])
-        widths = [width]
-        for level, multiple in enumerate(config.channel_mult):
-            for _ in range(config.res_blocks):
-                out = int(multiple * config.channels)
-                stage = Stage([self._res_block(width, out)])
-                if 2**level in config.attention_strides:
-                    stage.append(self._attention(out, config.heads))
-                self.input_blocks.append(stage)
-                width = out
-                widths.append(width)
-            if level < len(config.channel_mult) - 1:
-                self.input_blocks.append(Stage([self._resampling(width, "down")]))
-                widths.append(width)
-        return widths
-
-    def _add_decoder(self, skips: list[int]) -> int:
+    def _add_decoder(self) -> int:
         """Create ``output_blocks``, which consume the skips from the last; the final channels return."""
         config = self.config
-        skips = list(skips)
+        skips = list(self.skip_channels)
         width = skips[-1]
         heads = config.heads if config.heads_up is None else config.heads_up
         self.output_blocks = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(config.channel_mult))):
             for block in range(config.res_blocks + 1):
                 out = int(multiple * config.channels)
-                stage = Stage([self._res_block(width + skips.pop(), out)])
+                stage = Stage([self.res_block(width + skips.pop(), out)])
                 if 2**level in config.attention_strides:
-                    stage.append(self._attention(out, heads))
+                    stage.append(self.attention(out, heads))
                 if level and block == config.res_blocks:
-                    stage.append(self._resampling(out, "up"))
+                    stage.append(self.resampling(out, "up"))
                 self.output_blocks.append(stage)
                 width = out
         return width
@@ -228,12 +87,8 @@ class UNet(TextConditioned):
             ValueError: a condition is missing, given twice, or not one of this model, or the size does not
                 fit.
         """
-        config = self.config
         self._check_conditions(x, tokens, text, low_res, known, labels)
-        embedding = timestep_embedding(timesteps, config.channels)
-        embedding = self.time_embed["2"](F.silu(self.time_embed["0"](embedding)))
-        if labels is not None:
-            embedding = embedding + self.label_emb(labels)
+        embedding = self.embed(timesteps, labels)
         if tokens is not None:
             text = self.text(tokens, mask)
         if text is not None:
@@ -250,15 +105,10 @@ class UNet(TextConditioned):
             pictures.append(masked_channels(x, known))
         if low_res is not None:
             pictures.append(low_res_channels(x, low_res))
-        h = torch.cat(pictures, dim=1).to(self.compute_dtype)
-        return h.contiguous(memory_format=torch.channels_last)
+        return torch.cat(pictures, dim=1)
 
     def _body(self, h: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
-        skips = []
-        for stage in self.input_blocks:
-            h = stage(h, embedding, text)
-            skips.append(h)
-        h = self.middle_block(h, embedding, text)
+        *skips, h = self.encode(h, embedding, text)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, text)
         return h
@@ -273,11 +123,7 @@ class UNet(TextConditioned):
         labels: Tensor | None,
     ) -> None:
         config = self.config
-        stride = 2 ** (len(config.channel_mult) - 1)
-        if x.shape[-1] % stride or x.shape[-2] % stride:
-            raise ValueError(
-                f"picture size {tuple(x.shape[-2:])} is not divisible by {stride}, as its levels need"
-            )
+        self.check_size(x)
         if tokens is not None and text is not None:
             raise ValueError("tokens and text are both given; give the prompt once, as tokens or encoded")
         given = {

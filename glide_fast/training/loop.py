@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glide_fast.config import to_json
+from glide_fast.config import to_dict, to_json
 from glide_fast.data import emoji
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.folder import load_dataset
@@ -35,12 +35,12 @@ from glide_fast.diffusion import (
     v_weight,
 )
 from glide_fast.files import replacing
-from glide_fast.models import UNet, save_model
+from glide_fast.models import UNet, load_model, save_model
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.diagnose import NonFiniteLossError, explain_non_finite
 from glide_fast.training.ema import ExponentialMovingAverage
 from glide_fast.training.log import RunLog, plot_losses, read_log, require_matplotlib
-from glide_fast.training.state import TrainingState
+from glide_fast.training.state import TrainingState, first_difference
 from glide_fast.training.tasks import TASKS, Batch, Rows, Task
 
 LOG_EVERY = 10
@@ -76,7 +76,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Trainer:
     """A model being trained in a run directory; :func:`train` is the usual way in."""
 
-    def __init__(self, config: TrainConfig, directory: Path) -> None:
+    def __init__(self, config: TrainConfig, directory: Path, initial: Path | None = None) -> None:
         require_matplotlib()
         self.config = config
         self.directory = directory
@@ -86,6 +86,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = UNet(config.model.unet, compute_dtype=getattr(torch, config.compute_dtype))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+        if initial is not None:
+            load_weights(self.model, config, initial)
         settings = config.optimizer
         self.state = TrainingState(
             model=self.model,
@@ -224,8 +226,21 @@ class Trainer:
         bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{rate:.1f}")
 
 
-def train(config: TrainConfig, directory: Path) -> None:
-    """Run, or resume, a training run in ``directory``.
+def load_weights(model: UNet, config: TrainConfig, path: Path) -> None:
+    """Start ``model`` from the weights of a model file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such model, or it has another config; names the field.
+    """
+    loaded = load_model(path)
+    difference = first_difference(to_dict(loaded.config), to_dict(config.model), "model.")
+    if difference is not None:
+        raise ValueError(f"{path} is another model: {difference}; give the one this recipe describes")
+    model.load_state_dict(loaded.network.state_dict())
+
+
+def train(config: TrainConfig, directory: Path, initial: Path | None = None) -> None:
+    """Run, or resume, a training run in ``directory``; a new one starts from ``initial``'s weights, if given.
 
     The directory gets config.json, log.jsonl, loss.png, samples/, checkpoint.pt and model.safetensors (EMA,
     float16).
@@ -234,7 +249,7 @@ def train(config: TrainConfig, directory: Path) -> None:
         ValueError: the config does not fit its data, or the checkpoint there belongs to another config.
         NonFiniteLossError: the loss stopped being finite.
     """
-    Trainer(config, directory).run()
+    Trainer(config, directory, initial).run()
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from glide_fast.diffusion.losses import (
     hybrid_loss,
     normal_kl,
     simple_loss,
+    v_weight,
     vlb_term,
 )
-from glide_fast.diffusion.process import GaussianDiffusion, VarianceType
+from glide_fast.diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from glide_fast.diffusion.schedule import Schedule
 from tests.diffusion.test_process import MEAN_TYPES
 from tests.golden import assert_close, data, entry, normal
@@ -125,3 +126,44 @@ def test_fixed_variance_has_no_hybrid_loss() -> None:
     zeros, t = torch.zeros(SHAPE), torch.zeros(4).long()
     with pytest.raises(ValueError, match="'fixed_small'; use 'learned_range', or simple_loss"):
         hybrid_loss(diffusion, zeros, zeros, zeros, t, zeros)
+
+
+@pytest.mark.parametrize("mean_type", ["epsilon", "x_start"])
+def test_v_weight_turns_the_simple_loss_into_that_of_v(mean_type: MeanType) -> None:
+    schedule = Schedule.create("cosine", 1000)
+    diffusion = GaussianDiffusion(schedule=schedule, mean_type=mean_type, variance_type="fixed_small")
+    t = torch.tensor([250, 500, 750])
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise, guess = (torch.randn(3, 3, 4, 4, generator=generator) for _ in range(3))
+    x_t = diffusion.q_sample(x_start, t, noise)
+    if mean_type == "epsilon":
+        epsilon_guess, x_start_guess = guess, diffusion.predict_x_start_from_epsilon(x_t, t, guess)
+    else:
+        epsilon_guess, x_start_guess = diffusion.predict_epsilon_from_x_start(x_t, t, guess), guess
+    signal = schedule.at("sqrt_alphas_cumprod", t, x_t)
+    spread = schedule.at("sqrt_one_minus_alphas_cumprod", t, x_t)
+    v = signal * noise - spread * x_start
+    v_guess = signal * epsilon_guess - spread * x_start_guess
+    expected = ((v - v_guess) ** 2).flatten(1).mean(1)
+    weighted = v_weight(diffusion, t) * simple_loss(diffusion, guess, x_start, x_t, t, noise)
+    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=0)
+
+
+def test_v_weight_is_bounded_and_refuses_other_means() -> None:
+    schedule = Schedule.create("cosine", 1000)
+    weights = v_weight(GaussianDiffusion(schedule=schedule), torch.tensor([0, 999]), largest=7.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 7.0]), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="no v weight for mean type 'previous_x'; known: epsilon, x_start"):
+        v_weight(GaussianDiffusion(schedule=schedule, mean_type="previous_x"), torch.tensor([0]))
+
+
+def test_the_hybrid_loss_weighs_only_its_simple_part() -> None:
+    diffusion = GaussianDiffusion(schedule=Schedule.create("cosine", 1000))
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(2))
+    output, t = torch.randn(2, 6, 4, 4, generator=generator), torch.tensor([10, 900])
+    x_t = diffusion.q_sample(x_start, t, noise)
+    plain = hybrid_loss(diffusion, output, x_start, x_t, t, noise)
+    weighted = hybrid_loss(diffusion, output, x_start, x_t, t, noise, mse_weight=torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(weighted.mse, plain.mse * torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(weighted.vlb, plain.vlb)

@@ -21,7 +21,10 @@ STATE_DICTS = json.loads((PARITY / "state_dicts.json").read_text())
 def build(name: str, **options: Any) -> UNet:
     """The fixture's model with its weights, in eval mode."""
     kwargs = entry(name)["kwargs"]
-    config = glide_config(kwargs) if name in TEXT_MODELS else unet_config(16, kwargs)
+    low_res = name == "glide_unet_superres"
+    config = (
+        glide_config(kwargs) if name in TEXT_MODELS else unet_config(16, {**kwargs, "super_res": low_res})
+    )
     model = UNet(config, **options).eval()
     fill(model, entry(name)["weights_seed"])
     return model

@@ -40,7 +40,8 @@ def glide_config(options: dict[str, Any]) -> UNetConfig:
 
 
 def unet_config(image_size: int, options: dict[str, Any]) -> UNetConfig:
-    """The config that the keyword arguments of GLIDE's U-Net classes without text describe."""
+    """The config that the keyword arguments of upstream's U-Net classes without text describe."""
+    heads_up = options.get("num_heads_upsample")
     return UNetConfig(
         image_size=image_size,
         channels=options["model_channels"],
@@ -48,10 +49,37 @@ def unet_config(image_size: int, options: dict[str, Any]) -> UNetConfig:
         res_blocks=options["num_res_blocks"],
         attention_strides=tuple(options["attention_resolutions"]),
         out_channels=options["out_channels"],
+        dims=options.get("dims", 2),
         head_channels=options.get("num_head_channels"),
         heads=options.get("num_heads", 1),
+        heads_up=heads_up,
+        attention_order="by_role" if options.get("use_new_attention_order") else "by_head",
+        dropout=options.get("dropout", 0.0),
         scale_shift_norm=options.get("use_scale_shift_norm", False),
         resblock_updown=options.get("resblock_updown", False),
+        learned_resample=options.get("conv_resample", True),
         classes=options.get("num_classes"),
-        low_res="num_classes" not in options,
+        low_res=options.get("super_res", False),
+    )
+
+
+def super_resolution_config(options: dict[str, Any]) -> UNetConfig:
+    """The config that guided- and improved-diffusion's ``sr_create_model_and_diffusion`` options describe."""
+    size = options["large_size"]
+    head_channels, heads_up = options.get("num_head_channels", -1), options["num_heads_upsample"]
+    return UNetConfig(
+        image_size=size,
+        channels=options["num_channels"],
+        channel_mult=CHANNEL_MULT[size],
+        res_blocks=options["num_res_blocks"],
+        attention_strides=tuple(size // int(part) for part in options["attention_resolutions"].split(",")),
+        out_channels=6 if options["learn_sigma"] else 3,
+        head_channels=None if head_channels == -1 else head_channels,
+        heads=options["num_heads"],
+        heads_up=None if heads_up == -1 else heads_up,
+        dropout=options["dropout"],
+        scale_shift_norm=options["use_scale_shift_norm"],
+        resblock_updown=options.get("resblock_updown", False),
+        classes=1000 if options["class_cond"] else None,
+        low_res=True,
     )

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,15 @@ def test_a_signal_ends_the_run_after_the_step_at_hand_and_saves(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.fixture
+def _usual_interrupt() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_usual_interrupt")
 def test_a_second_signal_ends_the_run_at_once(pictures: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(pictures), tmp_path)
     take_step = trainer.step

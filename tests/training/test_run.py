@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,24 @@ def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
 def test_a_curve_of_one_record_can_be_drawn(tmp_path: Path) -> None:
     plot_losses([{"step": 10, "mse": 0.5, "vlb": 0.0}], tmp_path / "loss.png")
     assert load_image(tmp_path / "loss.png").shape[2] == 3
+
+
+def test_a_new_run_can_start_from_a_models_weights(pictures: Path, tmp_path: Path) -> None:
+    config = tiny_config(pictures, steps=2)
+    train(config, tmp_path / "first")
+    model = tmp_path / "first" / "model.safetensors"
+    trainer = Trainer(replace(config, seed=1), tmp_path / "second", model)
+    for name, value in load_model(model).network.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value)
+    for name, value in trainer.state.ema.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value)
+
+
+def test_another_models_weights_are_refused_by_field(pictures: Path, tmp_path: Path) -> None:
+    config = tiny_config(pictures, steps=1)
+    train(config, tmp_path / "first")
+    other = replace(config, model=replace(config.model, prediction="x_start"))
+    with pytest.raises(
+        ValueError, match=r"another model: model\.prediction was 'epsilon' and is now 'x_start'"
+    ):
+        Trainer(other, tmp_path / "second", tmp_path / "first" / "model.safetensors")
