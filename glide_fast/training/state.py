@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glide_fast.config import to_dict
+from glide_fast.config import from_dict, to_dict
 from glide_fast.diffusion import TimestepSampler
 from glide_fast.files import replacing
 from glide_fast.models.checkpoint import check_fits
@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "save_every",
     "samples",
     "weighting",
+    "compute_dtype",
     "optimizer.decay_steps",
     "optimizer.learning_rate",
 )
@@ -74,7 +75,8 @@ class TrainingState:
         missing = [name for name in ENTRIES if not isinstance(values, dict) or name not in values]
         if missing:
             raise ValueError(f"{path} is not the checkpoint of a training run: it has no {missing[0]!r}")
-        difference = first_difference(values["config"], to_dict(config))
+        before = from_dict(TrainConfig, values["config"], f"the config in {path}")  # newer fields: their defaults
+        difference = first_difference(to_dict(before), to_dict(config))
         if difference is not None:
             raise ValueError(f"{path} belongs to another config: {difference}; use another run directory")
         check_fits(self.model, values["model"], str(path))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from glide_fast.models import load_model
-from glide_fast.training.config import TrainConfig
+from glide_fast.training.config import OptimizerConfig, TrainConfig
 from glide_fast.training.loop import Trainer, train
 from tests.training.tiny import assert_identical, finished, log_without_speed, snapshot, tiny_config
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_without_unlogged_steps_is_resumed(pictures: Path, run: Pat
         ({"seed": 5}, "seed was 0 and is now 5"),
         ({"batch": 8}, "batch was 4 and is now 8"),
         ({"caption_drop": 0.5, "seed": 5}, r"caption_drop was 0\.2 and is now 0\.5"),
-        ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32' and is now 'bfloat16'"),
+        ({"optimizer": OptimizerConfig(clip=2.0)}, r"optimizer\.clip was 1\.0 and is now 2\.0"),
     ],
 )
 def test_another_config_names_the_first_field_that_differs(
