@@ -5,6 +5,7 @@ from glide_fast.diffusion.process import GaussianDiffusion, Prediction
 from glide_fast.diffusion.schedule import Schedule, named_betas, space_timesteps
 from glide_fast.diffusion.timesteps import (
     LossSecondMomentTimesteps,
+    NoisyTimesteps,
     TimestepSampler,
     UniformTimesteps,
     timestep_sampler,
@@ -14,6 +15,7 @@ __all__ = [
     "GaussianDiffusion",
     "LossSecondMomentTimesteps",
     "LossTerms",
+    "NoisyTimesteps",
     "Prediction",
     "Schedule",
     "TimestepSampler",

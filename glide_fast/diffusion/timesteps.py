@@ -1,4 +1,4 @@
-"""Which steps a training batch sees: uniformly drawn, or more often where the loss is large.
+"""Which steps a training batch sees: uniformly drawn, or more often where the noise or the loss is large.
 
 Importance sampling by the loss's second moment: Improved DDPM (arXiv 2102.09672, equation 18). A weight of
 1 / (T p(t)) keeps the expected loss that of uniform steps.
@@ -62,6 +62,23 @@ class UniformTimesteps:
             raise ValueError(
                 f"uniform timesteps have no state but got {sorted(state)}; use the sampler that saved it"
             )
+
+
+class NoisyTimesteps(UniformTimesteps):
+    """Step t is as likely as t + 1 is large, and every weight is 1: noisy steps count more.
+
+    What a picture shows is decided, and a caption learned, where little of the picture is left. A data set of
+    a few thousand captions is learned in fewer steps when those are drawn more often.
+    """
+
+    def weights(self) -> npt.NDArray[np.float64]:
+        """How likely each step is, not normalised, [count]."""
+        return np.arange(1.0, self.count + 1)
+
+    def sample(self, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Steps, int64 [batch], and ones, float32 [batch]."""
+        steps, _ = super().sample(batch, generator)
+        return steps, torch.ones(batch)
 
 
 class LossSecondMomentTimesteps:
@@ -142,7 +159,7 @@ class LossSecondMomentTimesteps:
         self._seen = state["seen"].long().cpu().numpy().copy()
 
 
-TIMESTEP_SAMPLERS = ("uniform", "loss_second_moment")
+TIMESTEP_SAMPLERS = ("uniform", "noisy", "loss_second_moment")
 
 
 def timestep_sampler(name: str, count: int) -> TimestepSampler:
@@ -153,6 +170,8 @@ def timestep_sampler(name: str, count: int) -> TimestepSampler:
     """
     if name == "uniform":
         return UniformTimesteps(count)
+    if name == "noisy":
+        return NoisyTimesteps(count)
     if name == "loss_second_moment":
         return LossSecondMomentTimesteps(count)
     raise ValueError(f"unknown timestep sampler {name!r}; known: {', '.join(TIMESTEP_SAMPLERS)}")

@@ -65,7 +65,7 @@ class TrainConfig:
     batch: int = 32
     accumulate: int = 1
     caption_drop: float = 0.2
-    timesteps: Literal["uniform", "loss_second_moment"] = "uniform"
+    timesteps: Literal["uniform", "noisy", "loss_second_moment"] = "uniform"
     weighting: Literal["simple", "v"] = "simple"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0

@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "save_every",
     "samples",
     "weighting",
+    "timesteps",
     "compute_dtype",
     "optimizer.decay_steps",
     "optimizer.learning_rate",
@@ -75,7 +76,9 @@ class TrainingState:
         missing = [name for name in ENTRIES if not isinstance(values, dict) or name not in values]
         if missing:
             raise ValueError(f"{path} is not the checkpoint of a training run: it has no {missing[0]!r}")
-        before = from_dict(TrainConfig, values["config"], f"the config in {path}")  # newer fields: their defaults
+        before = from_dict(
+            TrainConfig, values["config"], f"the config in {path}"
+        )  # newer fields: their defaults
         difference = first_difference(to_dict(before), to_dict(config))
         if difference is not None:
             raise ValueError(f"{path} belongs to another config: {difference}; use another run directory")

@@ -6,6 +6,7 @@ import torch
 
 from glide_fast.diffusion.timesteps import (
     LossSecondMomentTimesteps,
+    NoisyTimesteps,
     TimestepSampler,
     UniformTimesteps,
     timestep_sampler,
@@ -27,6 +28,16 @@ def check_draw(sampler: TimestepSampler, name: str) -> None:
 def test_uniform() -> None:
     np.testing.assert_array_equal(UniformTimesteps(12).weights(), STORED["uniform.weights"])
     check_draw(UniformTimesteps(12), "uniform")
+
+
+def test_noisy_steps_are_drawn_in_proportion_and_weigh_alike() -> None:
+    sampler = timestep_sampler("noisy", 4)
+    assert isinstance(sampler, NoisyTimesteps)
+    timesteps, weights = sampler.sample(20_000, np.random.default_rng(0))
+    shares = np.bincount(timesteps, minlength=4) / len(timesteps)
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.01)
+    assert torch.equal(weights, torch.ones(20_000))
+    assert sampler.state_dict() == {}
 
 
 def test_loss_second_moment() -> None:
@@ -85,7 +96,7 @@ def test_losses_of_zero_stay_uniform() -> None:
 
 def test_errors_name_value_rule_and_fix() -> None:
     with pytest.raises(
-        ValueError, match="unknown timestep sampler 'lucky'; known: uniform, loss_second_moment"
+        ValueError, match="unknown timestep sampler 'lucky'; known: uniform, noisy, loss_second_moment"
     ):
         timestep_sampler("lucky", 10)
     with pytest.raises(ValueError, match="count 0 must be at least 1"):
