@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_fast import ops
 from glide_fast.models.layers import Conv2d, Linear
 from glide_fast.models.resnet import ResNetConfig, ResNetTower
-from glide_fast.models.transformer import LayerNorm
+from glide_fast.models.transformer import LayerNorm, self_attention
 
 VISION_HEAD_CHANNELS = 64
 LARGEST_LOGIT_SCALE = 100.0
@@ -60,11 +59,7 @@ class ClipAttention(nn.Module):
         projected = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
         split = torch.unflatten(projected, 2, (3, self.heads, -1))
         query, key, value = split.unbind(2)  # [B, T, N, D]
-        if not self.causal:
-            return self.out_proj(ops.attention(query, key, value).flatten(2))  # type: ignore[no-any-return]
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out_proj(self_attention(query, key, value, causal=self.causal))  # type: ignore[no-any-return]
 
 
 class ClipPerceptron(nn.Module):

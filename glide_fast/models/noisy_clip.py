@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_fast import ops
+from glide_fast.models.transformer import self_attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures CLIP was trained on, in 0 .. 1
 PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -86,11 +86,7 @@ class AttentionBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         x = self.ln(x)
         query, key, value = (f(x).unflatten(2, (self.heads, -1)) for f in (self.f_q, self.f_k, self.f_v))
-        if not self.causal:
-            return self.f_c(ops.attention(query, key, value).flatten(2))  # type: ignore[no-any-return]
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.f_c(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.f_c(self_attention(query, key, value, causal=self.causal))  # type: ignore[no-any-return]
 
 
 class PerceptronBranch(nn.Module):

@@ -19,6 +19,14 @@ class LayerNorm(nn.LayerNorm):
         ).to(x.dtype)
 
 
+def self_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+    """[B, T, N, D] each -> [B, T, N·D]; ``causal`` hides from each token those behind it."""
+    if not causal:
+        return ops.attention(query, key, value).flatten(2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over tokens; queries, keys and values interleaved a head."""
 
@@ -30,7 +38,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         query, key, value = torch.unflatten(self.c_qkv(x), 2, (self.heads, 3, -1)).unbind(3)
-        out: Tensor = self.c_proj(ops.attention(query, key, value).flatten(2))
+        out: Tensor = self.c_proj(self_attention(query, key, value))
         return out
 
 
