@@ -1,0 +1,64 @@
+"""The models that ship with the package, and the README's example on them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glide_fast.config import load_toml
+from glide_fast.data.images import load_image
+from glide_fast.models import load_model
+from glide_fast.sampling.pipeline import ASSETS, StageOptions, TextToImage
+from glide_fast.training import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "emoji_base": ASSETS / "emoji_base.safetensors",
+    "emoji_upsampler": ASSETS / "emoji_upsampler.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_model_is_the_one_its_recipe_describes(name: str) -> None:
+    recipe = load_toml(TrainConfig, ROOT / "configs" / f"{name}.toml")
+    assert load_model(FILES[name]).config == recipe.model
+
+
+def test_the_weights_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in FILES.values()) <= 30 * 2**20
+
+
+def test_prompts_become_pictures_with_white_corners_and_colours() -> None:
+    model = TextToImage.embedded()
+    pictures = model(
+        ["grinning face", "red heart"],
+        seeds=[0, 1],
+        base_options=StageOptions(steps=20),
+        upsampler_options=StageOptions(steps=10, guidance=1.0),
+    )
+    assert pictures.shape == (2, 64, 64, 3)
+    corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float)
+    assert corners.mean() > 200
+    face, heart = pictures[:, 16:48, 16:48].astype(float).mean((1, 2))
+    assert face[2] < face[1] - 30  # yellow: little blue
+    assert heart[0] > heart[1]  # red more than green
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(example[1], "README.md", "exec"), {})
+    assert load_image(tmp_path / "pictures.png").shape == (68, 134, 3)
+
+
+def test_the_readmes_grid_is_a_grid_of_eight() -> None:
+    with Image.open(ROOT / "docs" / "demo.png") as grid:
+        assert grid.size == (4 * 66 + 2, 2 * 66 + 2)
+        assert np.asarray(grid).std() > 20
