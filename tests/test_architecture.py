@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "glide_fast"
 FLOORS = {
     "config": -1,
+    "download": -1,
     "files": -1,
     "ops": 0,
     "kernels": 0,
