@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glide_fast.diffusion.process import GaussianDiffusion
+from glide_fast.diffusion.process import GaussianDiffusion, Prediction
 from glide_fast.diffusion.schedule import TableName
 
 
@@ -65,8 +65,15 @@ def vlb_term(
 
     It is KL(q(x_(t-1) | x_t, x_0) || p) for t > 0 and the likelihood of the picture for t = 0.
     """
-    truth = diffusion.q_posterior(x_start, x_t, t)
     guess = diffusion.predict(model_output, x_t, t, clip_denoised=clip_denoised)
+    return vlb_of_prediction(diffusion, guess, x_start, x_t, t)
+
+
+def vlb_of_prediction(
+    diffusion: GaussianDiffusion, guess: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """`vlb_term` of a prediction that is already made, [B] in bits a dimension."""
+    truth = diffusion.q_posterior(x_start, x_t, t)
     divergence = normal_kl(truth.mean, truth.log_variance, guess.mean, guess.log_variance)
     likelihood = discretized_gaussian_log_likelihood(
         x_start, means=guess.mean, log_scales=0.5 * guess.log_variance
