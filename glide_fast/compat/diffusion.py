@@ -23,6 +23,7 @@ from glide_fast.compat.diffusion_options import (
     ModelMeanType,
     ModelVarType,
 )
+from glide_fast.compat.errors import RuleError
 from glide_fast.diffusion import process, schedule
 from glide_fast.diffusion.likelihood import bits_per_dim, prior_bits_per_dim
 from glide_fast.diffusion.losses import hybrid_loss, simple_loss, vlb_of_prediction
@@ -258,10 +259,10 @@ class GaussianDiffusion:
         """One DDIM step towards the noise: "sample" x_(t+1) and "pred_xstart".
 
         Raises:
-            ValueError: ``eta`` is not 0.
+            RuleError: ``eta`` is not 0.
         """
         if eta != 0:
-            raise ValueError(f"eta {eta} must be 0: only the deterministic path can be reversed")
+            raise RuleError(f"eta {eta} must be 0: only the deterministic path can be reversed")
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )

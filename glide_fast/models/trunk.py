@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glide_fast.models.conditioning import TextConditioned, TextConfig
 from glide_fast.models.layers import (
@@ -74,9 +75,19 @@ class UNetConfig:
 
 
 class Stage(nn.ModuleList):
-    """Layers applied in order, each given what it needs besides the activations."""
+    """Layers applied in order, each given what it needs besides the activations.
+
+    With ``recompute`` their activations are not kept for the backward pass but computed again in it.
+    """
+
+    recompute = False
 
     def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._layers, x, embedding, text, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._layers(x, embedding, text)
+
+    def _layers(self, x: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)

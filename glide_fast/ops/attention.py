@@ -86,8 +86,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _log_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        gradients = BACKWARD(grad, *ctx.saved_tensors)
-        text = gradients[3:] if ctx.saved_tensors[3] is not None else (None, None)
+        saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked no more than that
+        gradients = BACKWARD(grad, *saved)
+        text = gradients[3:] if saved[3] is not None else (None, None)
         return None, *gradients[:3], *text
 
 

@@ -1,0 +1,59 @@
+"""One process, or several started by torchrun: the original projects' ``dist_util`` without MPI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["GPUS_PER_NODE", "dev", "load_state_dict", "setup_dist", "sync_params"]
+
+GPUS_PER_NODE = 8
+
+
+def setup_dist() -> None:
+    """Join the process group that torchrun's environment describes, or make one of this process alone."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dev())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def dev() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """What ``torch.save`` wrote; keywords as torch's. Code in the file is not run unless asked for."""
+    return torch.load(path, **kwargs)
+
+
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Copy tensors of the first process to all others."""
+    if world_size() > 1:
+        with torch.no_grad():
+            for parameter in params:
+                dist.broadcast(parameter, 0)
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1

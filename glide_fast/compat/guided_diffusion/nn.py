@@ -1,0 +1,3 @@
+"""Small functions and layers; what guided-diffusion's module of this name offers."""
+
+from glide_fast.compat.layers import *  # noqa: F403

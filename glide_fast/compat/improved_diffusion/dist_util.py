@@ -1,0 +1,3 @@
+"""One process or several; what improved-diffusion's module of this name offers."""
+
+from glide_fast.compat.distributed import *  # noqa: F403

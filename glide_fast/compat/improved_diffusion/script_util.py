@@ -1,0 +1,234 @@
+"""Models and diffusions from scripts' options; what improved-diffusion's module of this name offers."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from glide_fast.compat.improved_diffusion.respace import SpacedDiffusion
+from glide_fast.compat.improved_diffusion.unet import SuperResModel, UNetModel
+from glide_fast.compat.script_options import (
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    channel_multiples,
+    spaced_diffusion,
+    str2bool,
+    strides,
+)
+
+__all__ = [
+    "NUM_CLASSES",
+    "add_dict_to_argparser",
+    "args_to_dict",
+    "create_gaussian_diffusion",
+    "create_model",
+    "create_model_and_diffusion",
+    "model_and_diffusion_defaults",
+    "sr_create_model",
+    "sr_create_model_and_diffusion",
+    "sr_model_and_diffusion_defaults",
+    "str2bool",
+]
+
+CHANNEL_MULTIPLES: dict[int, tuple[float, ...]] = {
+    256: (1, 1, 2, 2, 4, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+UPSAMPLER_MULTIPLES = {size: CHANNEL_MULTIPLES[size] for size in (256, 64)}
+
+create_gaussian_diffusion = partial(spaced_diffusion, SpacedDiffusion)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Options of a U-Net and its diffusion."""
+    return {
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "attention_resolutions": "16,8",
+        "dropout": 0.0,
+        "learn_sigma": False,
+        "sigma_small": False,
+        "class_cond": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": True,
+        "rescale_learned_sigmas": True,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+    }
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Options of a super-resolution U-Net and its diffusion."""
+    options = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
+    wanted = inspect.signature(sr_create_model_and_diffusion).parameters
+    return {name: value for name, value in options.items() if name in wanted}
+
+
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    sigma_small: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+) -> tuple[UNetModel, SpacedDiffusion]:
+    """A U-Net and its diffusion."""
+    model = create_model(
+        image_size,
+        num_channels,
+        num_res_blocks,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        sigma_small=sigma_small,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+    )
+    return model, diffusion
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+) -> UNetModel:
+    """A U-Net for pictures of 32, 64 or 256 pixels; ``attention_resolutions`` are map sizes."""
+    return UNetModel(
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=strides(image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=channel_multiples(CHANNEL_MULTIPLES, image_size),
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+    )
+
+
+def sr_create_model_and_diffusion(
+    large_size: int,
+    small_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """A super-resolution U-Net and its diffusion."""
+    model = sr_create_model(
+        large_size,
+        small_size,
+        num_channels,
+        num_res_blocks,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+    )
+    return model, diffusion
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+) -> SuperResModel:
+    """A U-Net that enlarges pictures of any smaller size to ``large_size``, 64 or 256."""
+    del small_size
+    return SuperResModel(
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=strides(large_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=channel_multiples(UPSAMPLER_MULTIPLES, large_size),
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+    )

@@ -1,0 +1,95 @@
+"""What the original projects' scripts build from command-line options: parsers, diffusions, shapes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from glide_fast.compat.diffusion_options import (
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from glide_fast.compat.respacing import SpacedDiffusion, space_timesteps
+
+NUM_CLASSES = 1000
+Spaced = TypeVar("Spaced", bound=SpacedDiffusion)
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add an option for every default, of the default's type; None takes text."""
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The parsed values of some options."""
+    return {name: getattr(args, name) for name in keys}
+
+
+def str2bool(v: str | bool) -> bool:
+    """yes, true, t, y, 1 or no, false, f, n, 0, in any case.
+
+    Raises:
+        argparse.ArgumentTypeError: another word.
+    """
+    word = str(v).lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"boolean value expected, not {v!r}; use true or false")
+
+
+def spaced_diffusion(
+    kind: type[Spaced],
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | Iterable[int] = "",
+) -> Spaced:
+    """A diffusion of ``kind`` as the scripts' options describe it."""
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    sections = timestep_respacing if isinstance(timestep_respacing, str) else list(timestep_respacing)
+    return kind(
+        use_timesteps=space_timesteps(steps, sections or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def strides(image_size: int, resolutions: str) -> tuple[int, ...]:
+    """The downsampling rates of the map sizes "32,16,8" of a picture."""
+    return tuple(image_size // int(size) for size in resolutions.split(","))
+
+
+def channel_multiples(
+    known: Mapping[int, tuple[float, ...]], image_size: int, channel_mult: str = ""
+) -> tuple[float, ...]:
+    """The multiples "1,2,3,4" as numbers, or those that are ``known`` for the picture's size.
+
+    Raises:
+        ValueError: none are given nor known.
+    """
+    if channel_mult:
+        return tuple(int(multiple) for multiple in channel_mult.split(","))
+    if image_size not in known:
+        sizes = ", ".join(str(size) for size in known)
+        raise ValueError(f"unsupported image size: {image_size}; use one of {sizes}, or give channel_mult")
+    return known[image_size]
