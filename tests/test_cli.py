@@ -109,7 +109,7 @@ def test_known_pixels_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         (["key", "--guidance", "101"], "guidance scale 101.0 must lie in 0 .. 100"),
         (["key", "--steps", "1"], "steps 1 must lie in 2 .. 1000"),
         (["key", "--upsampler-steps", "2000"], "steps 2000 must lie in 2 .. 1000"),
-        (["key", "--sampler", "euler"], "unknown sampler 'euler'; known: ddpm, ddim"),
+        (["key", "--sampler", "euler_a"], "unknown sampler 'euler_a'; known: ddpm, ddim, plms"),
         (["key", "--known", "x.png"], "--known and --mask belong together"),
         (["key", "--gudance", "3"], "--gudance"),
         (["key", "-n", "many"], "many"),
@@ -132,7 +132,7 @@ def test_an_unknown_model_lists_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = fail(monkeypatch, capsys, "sample", "key", "--model", "dalle")
-    assert "model 'dalle' is neither a known model (emoji) nor a file" in message
+    assert "model 'dalle' is neither a known model (emoji, glide-base, glide-base-inpaint, " in message
 
 
 def test_a_model_that_does_not_fit_is_named(

@@ -77,6 +77,12 @@ class GaussianDiffusion:
             return timesteps.float() * (1000.0 / self.schedule.original_steps)
         return timesteps
 
+    def steps_of(self, timesteps: Tensor) -> Tensor:
+        """The steps t [B], int64, at which the model is told ``timesteps`` [B]: `model_timesteps` undone."""
+        if self.rescale_timesteps:
+            timesteps = timesteps * (self.schedule.original_steps / 1000.0)
+        return self.schedule.steps_of(timesteps.round().long())
+
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """q(x_t | x_0) (DDPM, equation 4); the variances are [B, 1, 1, 1]."""
         at = self.schedule.at

@@ -234,6 +234,24 @@ class Schedule:
         """Timesteps of the training schedule, int64 [B], for steps t [B]."""
         return self._tensor("timestep_map", t.device)[t]
 
+    def steps_of(self, timesteps: Tensor) -> Tensor:
+        """The steps t, int64 [B], that visit ``timesteps`` of the training schedule [B]."""
+        return torch.searchsorted(self._tensor("timestep_map", timesteps.device), timesteps)
+
+    def first(self, steps: int) -> "Schedule":
+        """The schedule that ends, and so begins to sample, after its first ``steps``: for noised pictures.
+
+        Raises:
+            ValueError: not in 2 .. T.
+        """
+        if not 2 <= steps <= self.steps:
+            raise ValueError(f"steps {steps} must lie in 2 .. {self.steps}, the steps of the schedule")
+        return Schedule(
+            betas=self.betas[:steps],
+            timestep_map=self.timestep_map[:steps],
+            original_steps=self.original_steps,
+        )
+
     def _tensor(self, table: str, device: torch.device) -> Tensor:
         key = (table, device)
         if key not in self._tensors:

@@ -19,6 +19,8 @@ from glide_fast.models.transformer import LayerNorm, self_attention
 
 VISION_HEAD_CHANNELS = 64
 LARGEST_LOGIT_SCALE = 100.0
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], subtracted before the picture tower
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)

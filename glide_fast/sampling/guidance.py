@@ -1,7 +1,9 @@
 """Guidance: how strongly a picture follows its condition.
 
-Classifier-free guidance (arXiv 2207.12598) turns a denoiser into a denoiser. Guidance by the gradient of a
-classifier or of CLIP (arXiv 2105.05233) changes what a model's output means: a diffusion into a diffusion.
+Guidance is a function from denoiser to denoiser, so that kinds combine: classifier-free (arXiv 2207.12598),
+only in an interval of noise levels, along a gradient (:mod:`glide_fast.sampling.gradients` has those of a
+classifier and of CLIP). The two diffusions below push along a gradient in the place where the published
+samplers do, after the guess of x_0 was clipped, and give their pictures.
 """
 
 from collections.abc import Callable
@@ -18,22 +20,25 @@ GradientFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 MAX_GUIDANCE_SCALE = 100.0
 
 
-def classifier_free(denoise: Denoiser, scale: float) -> Denoiser:
+def classifier_free(denoise: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
     """A denoiser on B rows out of one on 2B: conditional rows first, unconditional rows after them.
 
     epsilon = unconditional + scale (conditional - unconditional): scale 0 ignores the condition, 1 is the
     plain conditional model, GLIDE uses 3. Only the prediction is mixed, learned variances are conditional.
     Predictions of x_0 are mixed by the same formula, which is the same guidance: given x_t, each is a linear
-    function of the other.
+    function of the other. ``rescale`` from 0 to 1 takes back that share of the contrast that large scales
+    add: the prediction gets the conditional one's standard deviation (arXiv 2305.08891, equations 15, 16).
 
     Raises:
-        ValueError: a scale outside 0 .. 100 or not finite.
+        ValueError: a scale outside 0 .. 100 or a rescale outside 0 .. 1, or not finite.
     """
     if not 0 <= scale <= MAX_GUIDANCE_SCALE:
         raise ValueError(
             f"guidance scale {scale} must lie in 0 .. {MAX_GUIDANCE_SCALE:.0f}; 0 ignores the prompt, "
             "1 is the plain model, 3 to 5 is usual"
         )
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance rescale {rescale} must lie in 0 .. 1; 0 leaves it out, 0.7 is usual")
 
     def guided(x: Tensor, timesteps: Tensor) -> Tensor:
         output = denoise(torch.cat([x, x]), torch.cat([timesteps, timesteps]))
@@ -41,9 +46,59 @@ def classifier_free(denoise: Denoiser, scale: float) -> Denoiser:
         channels = x.shape[1]
         epsilon = unconditional[:, :channels]
         mixed = epsilon + scale * (conditional[:, :channels] - epsilon)
+        if rescale:
+            ratio = _deviation(conditional[:, :channels]) / _deviation(mixed)
+            mixed = mixed * (1 - rescale + rescale * ratio)
         return torch.cat([mixed, conditional[:, channels:]], dim=1)
 
     return guided
+
+
+def within(guided: Denoiser, plain: Denoiser, *, first: int, last: int) -> Denoiser:
+    """``guided`` at timesteps of training in first .. last, both included, ``plain`` at others.
+
+    Guidance in the middle of the noise levels keeps its gain and loses less diversity, and ``plain`` may cost
+    half (arXiv 2404.07724). All pictures of a batch must be at the same timestep.
+
+    Raises:
+        ValueError: the interval is empty.
+    """
+    if not 0 <= first <= last:
+        raise ValueError(f"guidance interval {first} .. {last} is empty; 0 <= first <= last must hold")
+
+    def denoise(x: Tensor, timesteps: Tensor) -> Tensor:
+        inside = bool(((timesteps >= first) & (timesteps <= last)).all())
+        return (guided if inside else plain)(x, timesteps)
+
+    return denoise
+
+
+def along_gradient(denoise: Denoiser, gradient: GradientFunction, diffusion: GaussianDiffusion) -> Denoiser:
+    """A denoiser whose prediction is pushed along the gradient of log p(condition | x_t).
+
+    epsilon - sqrt(1 - alpha_bar) gradient (arXiv 2105.05233, equation 14), or what that means for predictions
+    of x_0 or of the previous x. Works with every sampler; learned variances stay.
+    """
+
+    def guided(x: Tensor, timesteps: Tensor) -> Tensor:
+        output = denoise(x, timesteps)
+        t = diffusion.steps_of(timesteps)
+        at, channels = diffusion.schedule.at, x.shape[1]
+        push = gradient(x, timesteps).to(output.dtype)
+        if diffusion.mean_type == "epsilon":
+            push = -at("sqrt_one_minus_alphas_cumprod", t, x) * push
+        else:  # x_0 moves by (1 - alpha_bar) / sqrt(alpha_bar) times the gradient
+            push = at("one_minus_alphas_cumprod", t, x) / at("sqrt_alphas_cumprod", t, x) * push
+            if diffusion.mean_type == "previous_x":
+                push = at("posterior_mean_coef1", t, x) * push
+        return torch.cat([output[:, :channels] + push, output[:, channels:]], dim=1)
+
+    return guided
+
+
+def _deviation(pictures: Tensor) -> Tensor:
+    """The standard deviation of each picture, [B, 1, ...]."""
+    return pictures.flatten(1).std(dim=1).view(-1, *[1] * (pictures.dim() - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,17 @@ ASSETS = Path(__file__).parent.parent / "assets"
 class StageOptions:
     """How one model is sampled.
 
-    ``steps`` is a number of evenly spread steps of its schedule, or a respacing such as "fast27" or
-    "10,15,20"; ``guidance`` 1 is the plain conditional model, 0 ignores the prompt; ``temperature`` scales
-    the first noise.
+    ``eta`` is the noise added each step, None the sampler's usual; ``steps`` is a number of evenly spread
+    steps of its schedule, or a respacing such as "fast27" or "10,15,20"; ``guidance`` 1 is the plain
+    conditional model, 0 ignores the prompt, and ``rescale`` takes back that share of the contrast it adds;
+    ``temperature`` scales the first noise.
     """
 
     sampler: str = "ddim"
+    eta: float | None = None
     steps: int | str = 50
     guidance: float = 3.0
+    rescale: float = 0.0
     temperature: float = 1.0
 
     def diffusion(self, config: ModelConfig) -> GaussianDiffusion:
@@ -53,7 +56,12 @@ class StageOptions:
                 raise ValueError(f"steps {steps} must lie in 2 .. {config.steps}; 25 to 100 is usual")
             steps = f"ddim{steps}" if config.steps % steps == 0 else str(steps)
         schedule = Schedule.create(config.schedule, config.steps, steps)
-        return GaussianDiffusion(schedule=schedule, mean_type=config.prediction)
+        return GaussianDiffusion(
+            schedule=schedule,
+            mean_type=config.prediction,
+            variance_type=config.variance,
+            rescale_timesteps=config.rescale_timesteps,
+        )
 
 
 BASE_OPTIONS = StageOptions()
@@ -99,11 +107,15 @@ def sample_stage(
     def denoise(x: Tensor, timesteps: Tensor) -> Tensor:
         return model(x, timesteps, text=text, low_res=low_res, known=seen)  # type: ignore[no-any-return]
 
-    denoiser: Denoiser = denoise if copies == 1 else classifier_free(denoise, options.guidance)
+    denoiser: Denoiser = (
+        denoise if copies == 1 else classifier_free(denoise, options.guidance, rescale=options.rescale)
+    )
     shape = (len(prompts), config.unet.image_channels, config.unet.image_size, config.unet.image_size)
     start = initial_noise(noise, shape, device=device, temperature=options.temperature)
     keep = None if known is None else keep_known(*known)
-    return sampler(denoiser, start, diffusion, noise=noise, denoised_fn=keep, progress=progress)
+    return sampler(
+        denoiser, start, diffusion, noise=noise, eta=options.eta, denoised_fn=keep, progress=progress
+    )
 
 
 def quantise(pictures: Tensor) -> Tensor:
@@ -119,11 +131,11 @@ class TextToImage:
     upsampler: LoadedModel | None = None
 
     @classmethod
-    def load(cls, base: Path, upsampler: Path | None = None) -> TextToImage:
-        """Read the models from safetensors files.
+    def load(cls, base: str | Path, upsampler: str | Path | None = None) -> TextToImage:
+        """Read the models from files, or by the names of presets.
 
         Raises:
-            FileNotFoundError, ValueError: as :func:`glide_fast.models.load_model`.
+            FileNotFoundError, ConnectionError, OSError, ValueError: as :func:`glide_fast.models.load_model`.
         """
         return cls(base=load_model(base), upsampler=None if upsampler is None else load_model(upsampler))
 

@@ -1,7 +1,5 @@
 """Classifier-free guidance and inpainting: their properties and errors."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,8 @@ from glide_fast.diffusion.process import GaussianDiffusion
 from glide_fast.diffusion.schedule import Schedule
 from glide_fast.sampling.guidance import classifier_free
 from glide_fast.sampling.inpainting import keep_known
-from glide_fast.sampling.samplers import Sampler, ddim, ddpm
+from glide_fast.sampling.run import Sampler
+from glide_fast.sampling.samplers import SAMPLERS, ddim, ddpm
 from tests.golden import normal
 from tests.sampling.toy import toy_denoiser
 
@@ -65,7 +64,7 @@ def test_scale_out_of_range(scale: float) -> None:
         classifier_free(doubled, scale)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim, partial(ddim, eta=1.0)])
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**31), share=st.floats(0, 1))
 def test_known_pixels_stay_exactly(sampler: Sampler, seed: int, share: float) -> None:

@@ -14,7 +14,8 @@ from glide_fast.models import MaskedImage, UNet
 from glide_fast.sampling.denoiser import initial_noise
 from glide_fast.sampling.guidance import classifier_free
 from glide_fast.sampling.inpainting import keep_known
-from glide_fast.sampling.samplers import Sampler, Step, ddim, ddpm
+from glide_fast.sampling.run import Sampler, Step
+from glide_fast.sampling.samplers import ddim, ddpm
 from tests.golden import assert_close, data, entry, fill, normal
 from tests.models.upstream import glide_config
 from tests.sampling.toy import RecordingNoise, expected_shapes

@@ -143,7 +143,7 @@ def test_a_small_mask_knows_only_wholly_known_pixels(base: LoadedModel) -> None:
         (StageOptions(steps="often"), "respacing 'often' is not understood"),
         (StageOptions(guidance=-1.0), r"guidance scale -1\.0 must lie in 0 \.\. 100"),
         (StageOptions(guidance=float("nan")), "guidance scale nan must lie in"),
-        (StageOptions(sampler="euler"), "unknown sampler 'euler'; known: ddpm, ddim"),
+        (StageOptions(sampler="euler_a"), "unknown sampler 'euler_a'; known: ddpm, ddim, plms"),
         (StageOptions(temperature=0.0), r"temperature 0\.0 must lie in \(0, 2\]"),
     ],
 )

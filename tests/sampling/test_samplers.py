@@ -13,7 +13,8 @@ from glide_fast.diffusion.process import GaussianDiffusion, VarianceType
 from glide_fast.diffusion.schedule import Schedule
 from glide_fast.sampling.denoiser import PerImageNoise, global_noise, initial_noise
 from glide_fast.sampling.guidance import MeanGuidedDiffusion, ScoreGuidedDiffusion
-from glide_fast.sampling.samplers import SAMPLERS, Sampler, Step, ddim, ddim_encode, ddpm, find_sampler
+from glide_fast.sampling.run import Sampler, Step
+from glide_fast.sampling.samplers import SAMPLERS, ddim, ddim_encode, ddpm, find_sampler
 from tests.diffusion.test_process import MEAN_TYPES
 from tests.golden import assert_close, data, entry, normal
 from tests.sampling.toy import RecordingNoise, expected_shapes, toy_denoiser
@@ -219,8 +220,8 @@ def test_eta_out_of_range(eta: float) -> None:
 
 def test_errors_name_value_rule_and_fix() -> None:
     x = normal("x", SHAPE, 0)
-    with pytest.raises(ValueError, match="unknown sampler 'plms'; known: ddpm, ddim"):
-        find_sampler("plms")
+    with pytest.raises(ValueError, match="unknown sampler 'euler_a'; known: ddpm, ddim, plms, euler"):
+        find_sampler("euler_a")
     with pytest.raises(ValueError, match=r"float16 .*keep float32 .*use initial_noise, or x.float\(\)"):
         ddpm(toy_denoiser(SHORT), x.half(), SHORT)
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\) but x .* needs \(2, 6, 8, 8\)"):
