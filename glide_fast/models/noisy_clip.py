@@ -20,7 +20,7 @@ PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyCLIPConfig:
-    """Both towers; a head has ``*_head_channels`` channels, a timestep is one of ``timesteps``."""
+    """Both towers; a head has ``*_head_channels`` channels, a timestep is one of ``timesteps`` (0: none)."""
 
     embedding: int
     image_size: int
@@ -128,24 +128,32 @@ class Output(nn.Module):
 
 
 class PictureInput(nn.Module):
-    """Patches behind a token that is the timestep's."""
+    """Patches behind a token that is the timestep's, or the same for all where there are no timesteps."""
 
     def __init__(self, config: NoisyCLIPConfig, width: int) -> None:
         super().__init__()
         patch = config.patch_size
         self.patch_size = patch
-        self.w_t = nn.Parameter(width**-0.5 * torch.randn(config.timesteps, width))
+        self.timesteps = config.timesteps
+        if config.timesteps:
+            self.w_t = nn.Parameter(width**-0.5 * torch.randn(config.timesteps, width))
+        else:
+            self.pred_state = nn.Parameter(width**-0.5 * torch.randn(width))
         self.patch_proj = nn.Parameter((3 * patch * patch) ** -0.5 * torch.randn(width, 3, patch, patch))
         self.w_pos = nn.Parameter(width**-0.5 * torch.randn((config.image_size // patch) ** 2 + 1, width))
         self.ln = Norm(width)
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor | None) -> Tensor:
         """x [B, 3, H, W] in [-1, 1], timesteps int64 [B] -> [B, 1 + patches, C]."""
+        if timesteps is None and self.timesteps:
+            raise ValueError("this CLIP reads noised pictures; give timesteps [B]")
+        if timesteps is not None and not self.timesteps:
+            raise ValueError("this CLIP knows no timesteps; leave them out")
         mean, deviation = (x.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_DEVIATION))
         normal = ((x + 1) / 2 - mean) / deviation
         patches = F.conv2d(normal, self.patch_proj.to(x.dtype), stride=self.patch_size)
-        time = self.w_t.to(x.dtype)[timesteps][:, None]
-        tokens = torch.cat([time, patches.flatten(2).transpose(1, 2)], dim=1)
+        first = self.pred_state.expand(len(x), -1) if timesteps is None else self.w_t[timesteps]
+        tokens = torch.cat([first[:, None].to(x.dtype), patches.flatten(2).transpose(1, 2)], dim=1)
         return self.ln(tokens + self.w_pos.to(x.dtype))  # type: ignore[no-any-return]
 
 
@@ -186,10 +194,13 @@ class PictureEncoder(Tower):
         first = PictureInput(config, width)
         super().__init__(first, width, config.image_heads, config.image_layers, config.embedding)
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def features(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """What becomes the embedding: the first token [B, C] behind the last block."""
+        return self.transform(self.blocks["input"](x, timesteps))[:, 0]
+
+    def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """x [B, 3, H, W] in [-1, 1], timesteps int64 [B] -> [B, embedding]."""
-        tokens = self.transform(self.blocks["input"](x, timesteps))
-        return self.blocks["output"](tokens[:, 0])  # type: ignore[no-any-return]
+        return self.blocks["output"](self.features(x, timesteps))  # type: ignore[no-any-return]
 
 
 class TextEncoder(Tower):
@@ -200,10 +211,14 @@ class TextEncoder(Tower):
         first = TextInput(config, width)
         super().__init__(first, width, config.text_heads, config.text_layers, config.embedding)
 
+    def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """What becomes the embedding: the last token [B, C] behind the last block."""
+        x = self.transform(self.blocks["input"](tokens))
+        return x[torch.arange(len(x), device=x.device), lengths - 1]
+
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens [B, context] and their number in each text [B] -> [B, embedding]."""
-        x = self.transform(self.blocks["input"](tokens))
-        return self.blocks["output"](x[torch.arange(len(x), device=x.device), lengths - 1])  # type: ignore[no-any-return]
+        return self.blocks["output"](self.features(tokens, lengths))  # type: ignore[no-any-return]
 
 
 class NoisyCLIP(nn.Module):

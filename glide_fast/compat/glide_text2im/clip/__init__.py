@@ -1,0 +1,1 @@
+"""GLIDE's noise-aware CLIP, with the module paths of glide-text2im."""

@@ -1,0 +1,172 @@
+"""The U-Nets of glide-text2im: its classes, names and signatures over :class:`glide_fast.models.unet.UNet`.
+
+Conditions that are pictures become channels here, as in the original, so that the network itself sees one
+input of ``in_channels``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from glide_fast.compat import networks
+from glide_fast.compat.blocks import Downsample, ResBlock, Upsample
+from glide_fast.models.conditioning import MaskedImage, masked_channels
+from glide_fast.models.layers import AttentionBlock
+from glide_fast.ops import attention
+
+__all__ = [
+    "AttentionBlock",
+    "Downsample",
+    "InpaintUNetModel",
+    "QKVAttention",
+    "ResBlock",
+    "SuperResInpaintUNetModel",
+    "SuperResUNetModel",
+    "UNetModel",
+    "Upsample",
+]
+
+
+class QKVAttention(nn.Module):
+    """Attention on projections that are interleaved a head, keys and values of a text in front."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor, encoder_kv: Tensor | None = None) -> Tensor:
+        """qkv [B, N·3·D, T], encoder_kv [B, N·2·D, S] -> [B, N·D, T]."""
+        query, key, value = self._split(qkv, 3)
+        text_key, text_value = (None, None) if encoder_kv is None else self._split(encoder_kv, 2)
+        attended = attention(query, key, value, text_key=text_key, text_value=text_value)
+        return attended.flatten(2).transpose(1, 2)
+
+    def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return torch.unflatten(projection.transpose(1, 2), 2, (self.n_heads, parts, -1)).unbind(3)
+
+
+class UNetModel(networks.UNetModel):
+    """A U-Net on pictures of ``in_channels``; its attention reads ``encoder_channels`` of a subclass's text.
+
+    ``attention_resolutions`` are the downsampling rates that have attention; -1 means "not fixed" for
+    ``num_head_channels`` and "as num_heads" for ``num_heads_upsample``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: Literal[1, 2, 3] = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        encoder_channels: int | None = None,
+    ) -> None:
+        self.encoder_channels = encoder_channels
+        super().__init__(
+            4 << len(channel_mult),
+            in_channels,
+            model_channels,
+            out_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            dims,
+            num_classes,
+            use_checkpoint,
+            use_fp16,
+            num_heads,
+            num_head_channels,
+            num_heads_upsample,
+            use_scale_shift_norm,
+            resblock_updown,
+        )
+
+    def attention(self, channels: int, heads: int) -> AttentionBlock:
+        """An attention block of this model's kind, with keys and values for the text if there is one."""
+        block = super().attention(channels, heads)
+        if self.encoder_channels is None:
+            return block
+        return AttentionBlock(channels, block.heads, self.encoder_channels)
+
+
+class SuperRes(networks.SuperRes):
+    """Adds a low-resolution picture to a U-Net, as channels."""
+
+    def __init__(self, *args: Any, in_channels: int, **kwargs: Any) -> None:
+        super().__init__(*args, in_channels=2 * in_channels, **kwargs)
+
+
+class Inpaint(nn.Module):
+    """Adds what is known of a picture to a U-Net, as channels."""
+
+    def __init__(self, *args: Any, in_channels: int, **kwargs: Any) -> None:
+        super().__init__(*args, in_channels=2 * in_channels + 1, **kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the U-Net's, with a picture [B, C, H, W] and its mask [B, 1, H, W], 1 where it is known."""
+        x = torch.cat([x, _known(x, inpaint_image, inpaint_mask)], dim=1)
+        return super().forward(x, timesteps, **kwargs)  # type: ignore[no-any-return]
+
+
+class SuperResInpaint(networks.SuperRes):
+    """Adds both to a U-Net, as channels."""
+
+    def __init__(self, *args: Any, in_channels: int, **kwargs: Any) -> None:
+        super().__init__(*args, in_channels=3 * in_channels + 1, **kwargs)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
+        low_res: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the U-Net's, with what is known and with ``low_res`` [B, C, h, w], which is needed."""
+        known = _known(x, inpaint_image, inpaint_mask)
+        return super().forward(torch.cat([x, known], dim=1), timesteps, low_res=low_res, **kwargs)
+
+
+def _known(x: Tensor, image: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The known pixels and their mask [B, C + 1, H, W]; what is not given is zero."""
+    image = torch.zeros_like(x) if image is None else image
+    mask = torch.zeros_like(x[:, :1]) if mask is None else mask
+    return masked_channels(x, MaskedImage(image, mask))
+
+
+class SuperResUNetModel(SuperRes, UNetModel):  # type: ignore[misc]
+    """A U-Net that enlarges ``low_res``; give ``in_channels`` by keyword."""
+
+
+class InpaintUNetModel(Inpaint, UNetModel):  # type: ignore[misc]
+    """A U-Net that completes a picture; give ``in_channels`` by keyword."""
+
+
+class SuperResInpaintUNetModel(SuperResInpaint, UNetModel):  # type: ignore[misc]
+    """A U-Net that enlarges and completes; give ``in_channels`` by keyword."""
