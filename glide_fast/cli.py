@@ -1,4 +1,4 @@
-"""What a person types: ``glide-fast sample | train | evaluate | data | doctor``.
+"""What a person types: ``glide-fast sample | train | evaluate | data | models | convert | run | doctor``.
 
 A command is a dataclass whose fields are its options; ``run`` does the work. A user's mistake ends in one
 line on stderr and exit status 1 (2 where the command line itself is wrong), never in a traceback.
@@ -6,7 +6,6 @@ line on stderr and exit status 1 (2 where the command line itself is wrong), nev
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -19,17 +18,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg, subcommand
 
 from glide_fast import doctor
+from glide_fast.compat import run as compat
 from glide_fast.config import load_toml
 from glide_fast.data.check import DEFAULT_CONTEXT, check
 from glide_fast.data.images import center_square, grid, load_image, save_png, to_tensor
+from glide_fast.download import sha256_of
 from glide_fast.evaluation import evaluate_emoji
 from glide_fast.files import replacing
-from glide_fast.models import MaskedImage
+from glide_fast.models import PRESETS, MaskedImage, ModelConfig, convert
+from glide_fast.models.catalogue import catalogue
+from glide_fast.models.checkpoint import files_of
+from glide_fast.models.presets import published
 from glide_fast.sampling.pipeline import ASSETS, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
 from glide_fast.training import NonFiniteLossError, TrainConfig, train
@@ -43,35 +48,41 @@ class Painter:
     """Which models paint, and how."""
 
     model: str = "emoji"
-    """"emoji", the model that ships with the package, or the path of a base model (.safetensors)."""
-    upsampler: Path | None = None
-    """Path of the upsampler that belongs to a base model given as a path."""
+    """"emoji", which ships with the package; a preset such as glide-base; or a base model's file."""
+    upsampler: str | None = None
+    """The upsampler that belongs to another base model than "emoji": a preset or a file."""
     sampler: str = "ddim"
-    """How to go from noise to picture: ddim or ddpm."""
+    """How to go from noise to picture: ddpm, ddim, plms, euler, euler_ancestral, heun, dpm++2m, dpm++2m_sde
+    or unipc."""
+    eta: float | None = None
+    """Noise added each step, 0 to 1, for samplers that have a choice; default: the sampler's usual."""
     steps: int = 50
     """Steps of the base model, 2 to 1000."""
     guidance: float = 3.0
     """Classifier-free guidance of the base model, 0 to 100: 0 ignores the prompt, 1 is the plain model."""
+    rescale: float = 0.0
+    """Share of the contrast that guidance adds and that is taken back, 0 to 1."""
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
 
-    def files(self) -> list[Path]:
-        """The model files: base, then upsampler if there is one."""
+    def sources(self) -> list[str | Path]:
+        """Files or names of presets: the base model, then the upsampler if there is one."""
         if self.model in MODELS:
             if self.upsampler is not None:
                 raise ValueError(f"model {self.model!r} has its own upsampler; leave --upsampler out")
             return list(MODELS[self.model])
-        path = Path(self.model)
-        if not path.is_file():
-            raise ValueError(
-                f"model {self.model!r} is neither a known model ({', '.join(MODELS)}) nor a file; "
-                "give the path of a .safetensors file that `glide-fast train` wrote"
-            )
-        return [path] if self.upsampler is None else [path, self.upsampler]
+        sources: list[str | Path] = [_painting_model(self.model, upsampler=False)]
+        if self.upsampler is not None:
+            sources.append(_painting_model(self.upsampler, upsampler=True))
+        return sources
+
+    def files(self) -> list[Path]:
+        """The model files, downloaded if need be."""
+        return [path for source in self.sources() for path in files_of(source)]
 
     def load(self, size: int | None = None) -> TextToImage:
         """The models, without the upsampler where ``size`` is that of the base model."""
-        model = TextToImage.load(*self.files())
+        model = TextToImage.load(*self.sources())
         sizes = [stage.config.unet.image_size for stage in (model.base, model.upsampler) if stage]
         if size is not None and size not in sizes:
             raise ValueError(
@@ -83,11 +94,20 @@ class Painter:
         self, model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], **rest: Any
     ) -> NDArray[np.uint8]:
         """One picture a prompt and seed, uint8 [B, H, W, 3]; ``rest`` as for :class:`TextToImage`."""
+        options = StageOptions(
+            sampler=self.sampler,
+            eta=self.eta,
+            steps=self.steps,
+            guidance=self.guidance,
+            rescale=self.rescale,
+        )
         return model(
             prompts,
             seeds=seeds,
-            base_options=StageOptions(sampler=self.sampler, steps=self.steps, guidance=self.guidance),
-            upsampler_options=replace(UPSAMPLER_OPTIONS, sampler=self.sampler, steps=self.upsampler_steps),
+            base_options=options,
+            upsampler_options=replace(
+                UPSAMPLER_OPTIONS, sampler=self.sampler, eta=self.eta, steps=self.upsampler_steps
+            ),
             **rest,
         )
 
@@ -157,9 +177,7 @@ class Sample:
             "command": shlex.join(["glide-fast", *sys.argv[1:]]),
             "pictures": rows,
             "options": {**asdict(self.painter), "size": int(pictures.shape[1]), "batch": self.batch},
-            "model_sha256": {
-                str(path.name): hashlib.sha256(path.read_bytes()).hexdigest() for path in self.painter.files()
-            },
+            "model_sha256": {str(path.name): sha256_of(path) for path in self.painter.files()},
             "versions": doctor.versions(),
         }
         with replacing(self.out / "sample.json") as temporary:
@@ -225,6 +243,50 @@ class Data:
             sys.exit(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a model's weights as safetensors that carry their config, the values unchanged."""
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """A file (.pt, .pth, TorchScript, .safetensors), or a preset, which is downloaded."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The file to write, a .safetensors."""
+    model: str | None = None
+    """The preset that IN is, where its shapes do not tell; `glide-fast models` lists them."""
+    also: Path | None = None
+    """The second file of a noise-aware CLIP, whose encoders are published apart."""
+    dtype: Literal["float16", "float32"] | None = None
+    """Of the weights written. Default: that of each weight read."""
+
+    def run(self) -> None:
+        if self.out.suffix != ".safetensors":
+            raise ValueError(f"{self.out} would be safetensors; give it that suffix")
+        source = self.source if self.also is None else [Path(self.source), self.also]
+        config = None if self.model is None else published(self.model).config
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        kind = type(convert(source, self.out, config=config, dtype=dtype)).__name__
+        print(f"{self.out}: {kind}, {self.out.stat().st_size / 1e6:,.1f} MB")
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the published models that can be named: task, parameters, pixels, and where the weights are."""
+
+    def run(self) -> None:
+        print(catalogue())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a script or notebook written for glide-text2im, guided-diffusion, improved-diffusion or CLIP."""
+
+    arguments: Annotated[Positional[tuple[str, ...]], arg(metavar="[--out FOLDER] SCRIPT [ARGS ...]")]
+    """The script, and what is handed to it unread."""
+
+    def run(self) -> None:
+        compat.main(self.arguments, "glide-fast run")
+
+
 @dataclass(frozen=True)
 class Doctor:
     """Say what this installation can do, and which implementation serves each op, and why."""
@@ -238,12 +300,18 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Data, subcommand("data")]
+    | Annotated[Models, subcommand("models")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Run, subcommand("run")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
 
 def main() -> None:
     """Entry point of the command ``glide-fast``."""
+    if sys.argv[1:2] == ["run"]:  # a script's options and errors are its own
+        Run(tuple(sys.argv[2:])).run()
+        return
     warnings.showwarning = _show_warning
     try:
         command: Command = tyro.cli(
@@ -258,6 +326,27 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
     print(f"glide-fast: warning: {message}", file=sys.stderr)
+
+
+def _painting_model(name: str, *, upsampler: bool) -> str:
+    """``name`` if it is a file, or a preset that paints what is written (enlarging it, if ``upsampler``)."""
+    painting = {
+        preset: config.unet
+        for preset, config in PRESETS.items()
+        if isinstance(config, ModelConfig) and config.unet.text is not None
+    }
+    known = [preset for preset, unet in painting.items() if unet.low_res == upsampler]
+    if Path(name).is_file() or name in known:
+        return name
+    if name in PRESETS:
+        task = "enlarges a picture of a text" if upsampler else "paints a picture from a text alone"
+        raise ValueError(f"model {name!r} is none that {task}; choose one of {', '.join(known)}")
+    if not upsampler:
+        known = [*MODELS, *known]
+    raise ValueError(
+        f"model {name!r} is neither a known model ({', '.join(known)}) nor a file; "
+        "give the path of a model's file, such as the .safetensors that `glide-fast train` wrote"
+    )
 
 
 def _slug(prompt: str) -> str:

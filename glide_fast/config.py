@@ -62,8 +62,10 @@ def _unknown_fields(kind: type[Any], values: dict[str, Any], path: str = "") -> 
         if name not in known:
             lines.append(f"{path}{name}: no such field; the fields are {', '.join(known)}")
         elif isinstance(value, dict):
-            for nested in _nested_dataclasses(kind, name):
-                lines += _unknown_fields(nested, value, f"{path}{name}.")
+            options = _nested_dataclasses(kind, name)
+            problems = [_unknown_fields(option, value, f"{path}{name}.") for option in options]
+            fewest = min(problems, key=len) if problems else []
+            lines += fewest
     return lines
 
 

@@ -108,7 +108,7 @@ def _check(path: Path, url: str, published: str | None) -> None:
         raise ValueError(
             f"{path} comes from {record.url}, not from {url}; delete it or choose another folder"
         )
-    actual = _sha256(path)
+    actual = sha256_of(path)
     expected = published or (record and record.sha256)
     if expected is None:
         _write_record(path, _Record(url=url, sha256=actual))
@@ -129,7 +129,7 @@ def _download(url: str, path: Path, part: BinaryIO, published: str | None, progr
         _empty(part)  # nothing would tell whether the beginning belongs to the same version
     with tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar:
         _attempts(record, path, part, bar)
-    actual = _sha256(Path(part.name))
+    actual = sha256_of(Path(part.name))
     expected = published or record.sha256
     if expected not in (None, actual):
         raise ValueError(
@@ -249,7 +249,8 @@ def _locked(path: Path, progress: bool) -> Iterator[BinaryIO]:
         yield part
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glide_fast.models.checkpoint import ModelConfig
+from glide_fast.models.configs import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

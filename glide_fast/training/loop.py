@@ -82,7 +82,12 @@ class Trainer:
         self.directory = directory
         self.task: Task = TASKS[config.task](config, load_pictures(config))
         schedule = Schedule.create(config.model.schedule, config.model.steps, "")
-        self.diffusion = GaussianDiffusion(schedule=schedule, mean_type=config.model.prediction)
+        self.diffusion = GaussianDiffusion(
+            schedule=schedule,
+            mean_type=config.model.prediction,
+            variance_type=config.model.variance,
+            rescale_timesteps=config.model.rescale_timesteps,
+        )
         torch.manual_seed(config.seed)
         self.model = UNet(config.model.unet, compute_dtype=getattr(torch, config.compute_dtype))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
