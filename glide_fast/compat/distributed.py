@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["GPUS_PER_NODE", "dev", "load_state_dict", "setup_dist", "sync_params"]
 
@@ -57,3 +59,30 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def replicas_on_cpu() -> Iterator[None]:
+    """Inside a ``with`` block, networks on the CPU can be replicated by scripts that name their device.
+
+    ``DistributedDataParallel`` takes ``device_ids`` of GPUs only; the originals' scripts always give them.
+    """
+    original = DistributedDataParallel.__init__
+
+    def lenient(
+        self: DistributedDataParallel,
+        module: nn.Module,
+        device_ids: Any = None,
+        output_device: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            device_ids = output_device = None
+        original(self, module, device_ids, output_device, *args, **kwargs)
+
+    DistributedDataParallel.__init__ = lenient  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DistributedDataParallel.__init__ = original  # type: ignore[method-assign]

@@ -130,12 +130,13 @@ class TrainLoop:
     def forward_backward(self, batch: Tensor, cond: Mapping[str, Tensor]) -> None:
         """Add up the gradients of a batch, microbatch by microbatch."""
         self.mp_trainer.zero_grad()
+        device = next(self.model.parameters()).device
         for start in range(0, batch.shape[0], self.microbatch):
             rows = slice(start, start + self.microbatch)
-            micro = batch[rows].to(distributed.dev())
-            micro_cond = {name: values[rows].to(distributed.dev()) for name, values in cond.items()}
+            micro = batch[rows].to(device)
+            micro_cond = {name: values[rows].to(device) for name, values in cond.items()}
             last = start + self.microbatch >= batch.shape[0]
-            t, weights = self.schedule_sampler.sample(micro.shape[0], distributed.dev())
+            t, weights = self.schedule_sampler.sample(micro.shape[0], device)
             compute_losses = functools.partial(
                 self.diffusion.training_losses, self.ddp_model, micro, t, model_kwargs=micro_cond
             )
@@ -212,7 +213,7 @@ class TrainLoop:
 
     def _replicated(self, model: nn.Module) -> nn.Module:
         devices = [distributed.dev()] if torch.cuda.is_available() else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices)
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
