@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from glide_fast.download import cached_path
 from glide_fast.models import PRESETS, load_model
+from glide_fast.models.catalogue import catalogue
 from glide_fast.models.presets import PUBLISHED, Published, WeightFile
 from tests import tiny
 from tests.test_cli import fail, run
@@ -95,6 +96,12 @@ def test_models_lists_every_preset(
     ]
     ends = {line.rindex(" M ") for line in lines}
     assert len(ends) == 1, "numbers stand under each other"
+
+
+def test_the_readme_lists_them_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIDE_FAST_CACHE", str(tmp_path))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{catalogue()}\n```" in readme
 
 
 def test_convert_keeps_or_changes_the_dtype_and_says_what_it_wrote(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,11 +32,17 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+_DECLARATION = r"class {name}\(Module\):\s+__parameters__ = \[[^]]*\]\s+__buffers__ = \[[^]]*\]"
 _MALFORMED = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Holder:
-    """Stands for an object of the archive's own classes: attributes, no behaviour."""
+    """Stands for an object of the archive's own classes: attributes, no behaviour.
+
+    ``declared`` are those that count as weights; None if the archive does not say.
+    """
+
+    declared: frozenset[str] | None = None
 
     def __init__(self, *_arguments: object) -> None:
         self.attributes: dict[str, object] = {}
@@ -74,7 +81,8 @@ def _tensors(module: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
         return
     for name, value in module.attributes.items():
         if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
+            if module.declared is None or name in module.declared:
+                yield f"{prefix}{name}", value
         else:
             yield from _tensors(value, f"{prefix}{name}.")
 
@@ -87,12 +95,12 @@ class _Unpickler(pickle.Unpickler):
         self._archive = archive
         self._root = root
         self._records: dict[str, Tensor] = {}
-        self._module = type("Module", (_Holder,), {})  # its own, lest a pickle alter what others read with
+        self._modules: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name of the pickle stands for."""
         if module == "__torch__" or module.startswith("__torch__."):
-            return self._module
+            return self._module(module, name)
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._view,
@@ -115,6 +123,22 @@ class _Unpickler(pickle.Unpickler):
                 torch.frombuffer(record, dtype=dtype) if record else torch.empty(0, dtype=dtype)
             )
         return self._records[key]
+
+    def _module(self, module: str, name: str) -> type:
+        """A holder of this reader's own, lest a pickle alter what others read with."""
+        if (module, name) not in self._modules:
+            declared = self._declared(module, name)
+            self._modules[module, name] = type("Module", (_Holder,), {"declared": declared})
+        return self._modules[module, name]
+
+    def _declared(self, module: str, name: str) -> frozenset[str] | None:
+        """Parameters and buffers, as the class's code lists them; a mask, say, is neither."""
+        try:
+            code = self._archive.read(f"{self._root}/code/{module.replace('.', '/')}.py").decode()
+        except KeyError:
+            return None
+        match = re.search(_DECLARATION.format(name=re.escape(name)), code)
+        return None if match is None else frozenset(re.findall(r'"([^"]+)"', match[0]))
 
     def _view(self, record: Tensor, offset: int, size: Any, stride: Any, *_gradients: object) -> Tensor:
         return record.as_strided(tuple(size), tuple(stride), offset)

@@ -28,6 +28,7 @@ class Inner(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(2, 2)])
         self.sizes = [1, 2]
         self.nothing = None
+        self.mask = torch.ones(2, 2)
         self.register_buffer("input_resolution", torch.tensor(224))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +151,17 @@ def test_a_torchscript_archive_gives_its_state_dict(tmp_path: Path) -> None:
     assert is_torchscript(tmp_path / "a.pt")
     assert same(read_torchscript(tmp_path / "a.pt"), module.state_dict())
     assert same(read_state(tmp_path / "a.pt").state, module.state_dict())
+
+
+def test_tensors_that_are_no_weights_are_told_apart_by_the_code_alone(tmp_path: Path) -> None:
+    module = archive(tmp_path / "a.pt")
+    assert "visual.mask" not in read_torchscript(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as file:
+        sources = [name for name in file.namelist() if name.endswith(".py")]
+    for name in sources:
+        replace_entry(tmp_path / "a.pt", name, None)
+    everything = read_torchscript(tmp_path / "a.pt")
+    assert everything.keys() == {*module.state_dict(), "visual.mask"}
 
 
 def test_a_plain_file_is_no_torchscript_archive(tmp_path: Path) -> None:
