@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional, arg, subcommand
 
 from glide_fast import doctor
+from glide_fast.compat import run as compat
 from glide_fast.config import load_toml
 from glide_fast.data.check import DEFAULT_CONTEXT, check
 from glide_fast.data.images import center_square, grid, load_image, save_png, to_tensor
@@ -276,6 +277,17 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Run a script or notebook written for glide-text2im, guided-diffusion, improved-diffusion or CLIP."""
+
+    arguments: Annotated[Positional[tuple[str, ...]], arg(metavar="[--out FOLDER] SCRIPT [ARGS ...]")]
+    """The script, and what is handed to it unread."""
+
+    def run(self) -> None:
+        compat.main(self.arguments, "glide-fast run")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Say what this installation can do, and which implementation serves each op, and why."""
 
@@ -290,12 +302,16 @@ Command = (
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Run, subcommand("run")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
 
 def main() -> None:
     """Entry point of the command ``glide-fast``."""
+    if sys.argv[1:2] == ["run"]:  # a script's options and errors are its own
+        Run(tuple(sys.argv[2:])).run()
+        return
     warnings.showwarning = _show_warning
     try:
         command: Command = tyro.cli(
