@@ -82,24 +82,9 @@ class UNetModel(Torso, UNet):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
     ) -> None:
-        arguments = {
-            "image_size": image_size,
-            "in_channels": in_channels,
-            "model_channels": model_channels,
-            "out_channels": out_channels,
-            "num_res_blocks": num_res_blocks,
-            "attention_resolutions": attention_resolutions,
-            "dropout": dropout,
-            "channel_mult": channel_mult,
-            "conv_resample": conv_resample,
-            "num_classes": num_classes,
-            "use_checkpoint": use_checkpoint,
-            "num_heads": num_heads,
-            "num_head_channels": num_head_channels,
-            "num_heads_upsample": num_heads if num_heads_upsample == -1 else num_heads_upsample,
-        }
-        config = _config(arguments, dims, use_scale_shift_norm, resblock_updown, use_new_attention_order)
-        super().__init__(config, compute_dtype=torch.float16 if use_fp16 else torch.float32)
+        arguments = own_arguments(locals())
+        dtype = torch.float16 if use_fp16 else torch.float32
+        super().__init__(_config(arguments), compute_dtype=dtype)
         self.remember(arguments)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -160,39 +145,21 @@ class EncoderUNetModel(Torso, EncoderUNet):
         use_new_attention_order: bool = False,
         pool: Pool = "adaptive",
     ) -> None:
-        arguments = {
-            "in_channels": in_channels,
-            "model_channels": model_channels,
-            "out_channels": out_channels,
-            "num_res_blocks": num_res_blocks,
-            "attention_resolutions": attention_resolutions,
-            "dropout": dropout,
-            "channel_mult": channel_mult,
-            "conv_resample": conv_resample,
-            "use_checkpoint": use_checkpoint,
-            "num_heads": num_heads,
-            "num_head_channels": num_head_channels,
-            "num_heads_upsample": num_heads if num_heads_upsample == -1 else num_heads_upsample,
-        }
-        trunk = _config(
-            {**arguments, "image_size": image_size, "num_classes": None},
-            dims,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-        )
-        config = EncoderConfig(trunk=trunk, pool=pool)
+        arguments = own_arguments(locals())
+        config = EncoderConfig(trunk=_config(arguments), pool=pool)
         super().__init__(config, compute_dtype=torch.float16 if use_fp16 else torch.float32)
         self.remember(arguments)
 
 
-def _config(
-    arguments: Mapping[str, Any],
-    dims: Literal[1, 2, 3],
-    scale_shift_norm: bool,
-    resblock_updown: bool,
-    new_attention_order: bool,
-) -> UNetConfig:
+def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments out of its ``locals()``, the heads of the decoder made explicit."""
+    arguments = {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+    if arguments["num_heads_upsample"] == -1:
+        arguments["num_heads_upsample"] = arguments["num_heads"]
+    return arguments
+
+
+def _config(arguments: Mapping[str, Any]) -> UNetConfig:
     head_channels = arguments["num_head_channels"]
     return UNetConfig(
         image_size=arguments["image_size"],
@@ -202,14 +169,14 @@ def _config(
         attention_strides=tuple(arguments["attention_resolutions"]),
         image_channels=arguments["in_channels"],
         out_channels=arguments["out_channels"],
-        dims=dims,
+        dims=arguments["dims"],
         head_channels=None if head_channels == -1 else head_channels,
         heads=arguments["num_heads"],
         heads_up=arguments["num_heads_upsample"],
-        attention_order="by_role" if new_attention_order else "by_head",
+        attention_order="by_role" if arguments["use_new_attention_order"] else "by_head",
         dropout=arguments["dropout"],
-        scale_shift_norm=scale_shift_norm,
-        resblock_updown=resblock_updown,
+        scale_shift_norm=arguments["use_scale_shift_norm"],
+        resblock_updown=arguments["resblock_updown"],
         learned_resample=arguments["conv_resample"],
-        classes=arguments["num_classes"],
+        classes=arguments.get("num_classes"),
     )

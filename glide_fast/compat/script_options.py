@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from glide_fast.compat.diffusion_options import (
@@ -15,6 +16,7 @@ from glide_fast.compat.diffusion_options import (
 from glide_fast.compat.respacing import SpacedDiffusion, space_timesteps
 
 NUM_CLASSES = 1000
+Network = TypeVar("Network")
 Spaced = TypeVar("Spaced", bound=SpacedDiffusion)
 
 
@@ -93,3 +95,17 @@ def channel_multiples(
         sizes = ", ".join(str(size) for size in known)
         raise ValueError(f"unsupported image size: {image_size}; use one of {sizes}, or give channel_mult")
     return known[image_size]
+
+
+def model_and_diffusion(
+    create: Callable[..., Network], kind: type[Spaced], options: Mapping[str, Any]
+) -> tuple[Network, Spaced]:
+    """A network by ``create`` and a diffusion of ``kind``, each from the ``options`` that it takes."""
+    model = create(**_taken_by(create, options))
+    described = {**options, "steps": options["diffusion_steps"]}
+    return model, spaced_diffusion(kind, **_taken_by(spaced_diffusion, described))
+
+
+def _taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in names}

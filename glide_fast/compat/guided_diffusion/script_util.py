@@ -13,6 +13,7 @@ from glide_fast.compat.script_options import (
     add_dict_to_argparser,
     args_to_dict,
     channel_multiples,
+    model_and_diffusion,
     spaced_diffusion,
     str2bool,
     strides,
@@ -141,35 +142,7 @@ def create_model_and_diffusion(
     use_new_attention_order: bool,
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its diffusion."""
-    model = create_model(
-        image_size,
-        num_channels,
-        num_res_blocks,
-        channel_mult=channel_mult,
-        learn_sigma=learn_sigma,
-        class_cond=class_cond,
-        use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
-        use_new_attention_order=use_new_attention_order,
-    )
-    diffusion = create_gaussian_diffusion(
-        steps=diffusion_steps,
-        learn_sigma=learn_sigma,
-        noise_schedule=noise_schedule,
-        use_kl=use_kl,
-        predict_xstart=predict_xstart,
-        rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas,
-        timestep_respacing=timestep_respacing,
-    )
-    return model, diffusion
+    return model_and_diffusion(create_model, SpacedDiffusion, locals())
 
 
 def create_model(
@@ -231,27 +204,7 @@ def create_classifier_and_diffusion(
     rescale_learned_sigmas: bool,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:
     """A classifier and the diffusion whose pictures it reads."""
-    classifier = create_classifier(
-        image_size,
-        classifier_use_fp16,
-        classifier_width,
-        classifier_depth,
-        classifier_attention_resolutions,
-        classifier_use_scale_shift_norm,
-        classifier_resblock_updown,
-        classifier_pool,
-    )
-    diffusion = create_gaussian_diffusion(
-        steps=diffusion_steps,
-        learn_sigma=learn_sigma,
-        noise_schedule=noise_schedule,
-        use_kl=use_kl,
-        predict_xstart=predict_xstart,
-        rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas,
-        timestep_respacing=timestep_respacing,
-    )
-    return classifier, diffusion
+    return model_and_diffusion(create_classifier, SpacedDiffusion, locals())
 
 
 def create_classifier(
@@ -306,34 +259,7 @@ def sr_create_model_and_diffusion(
     use_fp16: bool,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution U-Net and its diffusion."""
-    model = sr_create_model(
-        large_size,
-        small_size,
-        num_channels,
-        num_res_blocks,
-        learn_sigma=learn_sigma,
-        class_cond=class_cond,
-        use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
-    )
-    diffusion = create_gaussian_diffusion(
-        steps=diffusion_steps,
-        learn_sigma=learn_sigma,
-        noise_schedule=noise_schedule,
-        use_kl=use_kl,
-        predict_xstart=predict_xstart,
-        rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas,
-        timestep_respacing=timestep_respacing,
-    )
-    return model, diffusion
+    return model_and_diffusion(sr_create_model, SpacedDiffusion, locals())
 
 
 def sr_create_model(

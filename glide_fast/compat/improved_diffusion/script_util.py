@@ -13,6 +13,7 @@ from glide_fast.compat.script_options import (
     add_dict_to_argparser,
     args_to_dict,
     channel_multiples,
+    model_and_diffusion,
     spaced_diffusion,
     str2bool,
     strides,
@@ -96,31 +97,7 @@ def create_model_and_diffusion(
     use_scale_shift_norm: bool,
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its diffusion."""
-    model = create_model(
-        image_size,
-        num_channels,
-        num_res_blocks,
-        learn_sigma=learn_sigma,
-        class_cond=class_cond,
-        use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-    )
-    diffusion = create_gaussian_diffusion(
-        steps=diffusion_steps,
-        learn_sigma=learn_sigma,
-        sigma_small=sigma_small,
-        noise_schedule=noise_schedule,
-        use_kl=use_kl,
-        predict_xstart=predict_xstart,
-        rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas,
-        timestep_respacing=timestep_respacing,
-    )
-    return model, diffusion
+    return model_and_diffusion(create_model, SpacedDiffusion, locals())
 
 
 def create_model(
@@ -175,31 +152,7 @@ def sr_create_model_and_diffusion(
     use_scale_shift_norm: bool,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution U-Net and its diffusion."""
-    model = sr_create_model(
-        large_size,
-        small_size,
-        num_channels,
-        num_res_blocks,
-        learn_sigma=learn_sigma,
-        class_cond=class_cond,
-        use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-    )
-    diffusion = create_gaussian_diffusion(
-        steps=diffusion_steps,
-        learn_sigma=learn_sigma,
-        noise_schedule=noise_schedule,
-        use_kl=use_kl,
-        predict_xstart=predict_xstart,
-        rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas,
-        timestep_respacing=timestep_respacing,
-    )
-    return model, diffusion
+    return model_and_diffusion(sr_create_model, SpacedDiffusion, locals())
 
 
 def sr_create_model(

@@ -89,23 +89,9 @@ class UNetModel(networks.UNetModel):
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
     ) -> None:
-        super().__init__(
-            1 << (len(channel_mult) - 1),  # any multiple of it will do
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout=dropout,
-            channel_mult=channel_mult,
-            conv_resample=conv_resample,
-            dims=dims,
-            num_classes=num_classes,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_heads_upsample=num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-        )
+        arguments = networks.own_arguments(locals())
+        smallest = 1 << (len(channel_mult) - 1)  # any multiple of it will do
+        super().__init__(image_size=smallest, **arguments)
         del self.image_size
 
     @property
