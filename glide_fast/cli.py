@@ -28,9 +28,8 @@ from glide_fast.compat import run as compat
 from glide_fast.config import load_toml
 from glide_fast.data.check import DEFAULT_CONTEXT, check
 from glide_fast.data.images import center_square, grid, load_image, save_png, to_tensor
-from glide_fast.download import sha256_of
 from glide_fast.evaluation import evaluate_emoji
-from glide_fast.files import replacing
+from glide_fast.files import replacing, sha256_of
 from glide_fast.models import PRESETS, MaskedImage, ModelConfig, convert
 from glide_fast.models.catalogue import catalogue
 from glide_fast.models.checkpoint import files_of

@@ -8,17 +8,13 @@ call checks. A cut connection, a kill or a full disk leaves a part that the next
 from __future__ import annotations
 
 import errno
-import hashlib
 import http.client
 import json
 import os
 import re
 import shutil
 import ssl
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from email.message import Message
 from pathlib import Path
@@ -29,7 +25,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from glide_fast.files import replacing
+from glide_fast.files import appending_alone, replacing, sha256_of
 
 CACHE_VARIABLE = "GLIDE_FAST_CACHE"
 STALL_SECONDS = 30.0  # without a byte before a connection is given up
@@ -91,7 +87,7 @@ def fetch(url: str, *, sha256: str | None = None, folder: Path | None = None, pr
     published = None if sha256 is None else sha256.lower()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(_beside(path, ".part"), progress) as part:
+        with appending_alone(_beside(path, ".part")) as part:
             if path.is_file():  # another process was first
                 Path(part.name).unlink(missing_ok=True)
             else:
@@ -228,34 +224,6 @@ def _content_range(headers: Message) -> tuple[int | None, int | None]:
 def _empty(part: BinaryIO) -> None:
     part.seek(0)
     part.truncate()
-
-
-@contextmanager
-def _locked(path: Path, progress: bool) -> Iterator[BinaryIO]:
-    """The partial file, at its end, which no other process downloads to meanwhile."""
-    with path.open("ab", buffering=0) as part:
-        try:
-            import fcntl  # POSIX only
-        except ImportError:
-            yield part
-            return
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                print(f"waiting for another process that downloads {path.name}", file=sys.stderr)
-            fcntl.flock(part, fcntl.LOCK_EX)
-        part.seek(0, os.SEEK_END)
-        yield part
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -1,12 +1,16 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, or by one process at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -28,6 +32,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def appending_alone(path: Path) -> Iterator[BinaryIO]:
+    """The file, unbuffered and at its end, when no other process has it so (POSIX; elsewhere at once)."""
+    with path.open("ab", buffering=0) as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield file
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, os.SEEK_END)
+        yield file
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

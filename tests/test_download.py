@@ -29,6 +29,7 @@ CONTENT = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 SOME = 100_000
+STALL = 60.0  # seconds
 
 
 class Server(ThreadingHTTPServer):
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:SOME] if fault in ("cut", "stall") else body)
         self.wfile.flush()
         if fault == "stall":
-            server.released.wait(20)
+            server.released.wait(STALL)
 
     def log_message(self, *_arguments: Any) -> None:
         """Say nothing."""
@@ -105,7 +106,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -134,13 +134,21 @@ def test_a_file_is_fetched_once_and_remembered(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "a.pt.json"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "stall"])
-def test_what_has_arrived_is_not_asked_for_again(
-    server: Server, get: Callable[..., Path], fault: str
-) -> None:
-    server.faults = [fault, fault]
+def test_what_has_arrived_is_not_asked_for_again(server: Server, get: Callable[..., Path]) -> None:
+    server.faults = ["cut", "cut"]
     assert get().read_bytes() == CONTENT
     assert server.requests == [(None, None), ("bytes=100000-", '"1"'), ("bytes=200000-", '"1"')]
+
+
+def test_a_stalled_connection_is_given_up_and_gone_on_with(
+    server: Server, get: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
+    server.faults = ["stall"]
+    start = time.monotonic()
+    assert get().read_bytes() == CONTENT
+    assert time.monotonic() - start < STALL / 2
+    assert server.requests[:2] == [(None, None), ("bytes=100000-", '"1"')]
 
 
 @pytest.mark.parametrize("answer", [500, 503, 429])
@@ -325,7 +333,7 @@ def test_a_disk_that_fills_up_is_named_and_the_part_kept(
     get: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(download, "_locked", lambda path, _progress: FullDisk(path, "ab"))
+        patch.setattr(download, "appending_alone", lambda path: FullDisk(path, "ab"))
         with pytest.raises(OSError, match=r"too full for a\.pt \(No space left") as info:
             get()
     assert info.value.errno == errno.ENOSPC

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from glide_fast.files import replacing
+from glide_fast.files import appending_alone, replacing, sha256_of
 
 
 @pytest.fixture
@@ -108,3 +110,30 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert path.read_text() == "old"
+
+
+def test_appending_goes_on_at_the_end_and_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one ")
+
+    def append() -> None:
+        with appending_alone(path) as second:
+            assert second.tell() == len(b"one two ")
+            second.write(b"three")
+
+    with appending_alone(path) as first:
+        waiting = threading.Thread(target=append)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        assert first.tell() == len(b"one ")
+        first.write(b"two ")
+    waiting.join()
+    assert path.read_bytes() == b"one two three"
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 20) + 7])
+def test_the_hash_is_that_of_the_whole_content(tmp_path: Path, size: int) -> None:
+    content = bytes(index % 251 for index in range(size))
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
