@@ -104,7 +104,9 @@ def test_a_picture_encoder_without_timesteps() -> None:
 
 def test_the_published_model_builds_without_memory() -> None:
     described = entry("checkpoints")["models"]
-    model = create_clip_model(device="meta")
+    with torch.device("meta"):
+        model = create_clip_model()
+    assert model.device == create_clip_model(device="meta").device == torch.device("meta")
     for tower, name in (("image_encoder", "glide.clip/image-enc"), ("text_encoder", "glide.clip/text-enc")):
         state = getattr(model, tower).state_dict()
         assert model.config == described[name]["kwargs"]

@@ -225,6 +225,19 @@ def test_layers() -> None:
     assert_close(embedding, "layers", "timestep_embedding_period")
 
 
+def test_blocks_to_build_other_networks_from() -> None:
+    model = build("glide_base_plain")
+    ours = model.input_blocks[1]  # a residual block, then attention
+    theirs = unet.TimestepEmbedSequential(
+        unet.ResBlock(64, 256, 0.1), unet.AttentionBlock(64, num_heads=4, encoder_channels=64)
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, emb, text = normal("x", (2, 64, 8, 8), 0), normal("e", (2, 256), 0), normal("t", (2, 64, 5), 0)
+    expected = ours(x, torch.nn.functional.silu(emb), text.transpose(1, 2))
+    torch.testing.assert_close(theirs(x, emb, text), expected)
+    assert not torch.equal(theirs(x, emb), expected)
+
+
 def test_the_transformers_layers_take_the_originals_arguments() -> None:
     model = xf.Transformer(n_ctx=5, width=16, layers=2, heads=2)
     block = xf.ResidualAttentionBlock(5, 16, 2)

@@ -161,36 +161,3 @@ def test_clip_guided_picture(tmp_path: Path) -> None:
     )
     assert_levels_close(check_steps(name, "base", steps), name)
     assert_close(torch.randn(4), name, "rng_next")
-
-
-def test_a_models_second_output_is_handed_through() -> None:
-    _, diffusion = build("picture_text2im", "base")
-    x, t = torch.zeros(1, 3, 4, 4), torch.tensor([3])
-
-    def pair(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([x, x], dim=1), timesteps
-
-    assert diffusion.p_mean_variance(pair, x, t)["extra"].tolist() == [diffusion.timestep_map[3]]
-    assert diffusion.p_mean_variance(lambda x, t: pair(x, t)[0], x, t)["extra"] is None
-
-
-def test_schedules_and_respacing_of_this_project() -> None:
-    from glide_fast.compat.glide_text2im import gaussian_diffusion, respace
-
-    for name, steps in (("linear", 1000), ("squaredcos_cap_v2", 250)):
-        stored_name = f"{'cosine' if name != 'linear' else name}.{steps}"
-        betas = gaussian_diffusion.get_named_beta_schedule(name, steps)
-        torch.testing.assert_close(torch.tensor(betas), stored("schedules", stored_name), rtol=1e-15, atol=0)
-    ramp = gaussian_diffusion.get_beta_schedule(
-        "warmup10", beta_start=1e-4, beta_end=0.02, num_diffusion_timesteps=100
-    )
-    torch.testing.assert_close(
-        torch.tensor(ramp), stored("schedules", "get_beta_schedule.warmup10"), rtol=1e-15, atol=0
-    )
-    for unknown in ("cosine", "quartic"):
-        with pytest.raises(NotImplementedError, match=unknown):
-            gaussian_diffusion.get_named_beta_schedule(unknown, 10)
-    with pytest.raises(NotImplementedError, match=r"cubic.*quad"):
-        gaussian_diffusion.get_beta_schedule("cubic", beta_start=0, beta_end=1, num_diffusion_timesteps=3)
-    assert len(respace.space_timesteps(1000, "fast27")) == 27
-    assert 999 not in respace.space_timesteps(1000, "fast27")

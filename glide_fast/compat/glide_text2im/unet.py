@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.compat import networks
-from glide_fast.compat.blocks import Downsample, ResBlock, Upsample
+from glide_fast.compat.blocks import Downsample, ResBlock, TimestepBlock, Upsample
+from glide_fast.models import layers
 from glide_fast.models.conditioning import MaskedImage, masked_channels
-from glide_fast.models.layers import AttentionBlock
 from glide_fast.ops import attention
 
 __all__ = [
@@ -26,9 +26,45 @@ __all__ = [
     "ResBlock",
     "SuperResInpaintUNetModel",
     "SuperResUNetModel",
+    "TimestepBlock",
+    "TimestepEmbedSequential",
     "UNetModel",
     "Upsample",
 ]
+
+
+class AttentionBlock(layers.AttentionBlock):
+    """Self-attention over the pixels of a map, which also attend to ``encoder_channels`` of a text."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        encoder_channels: int | None = None,
+    ) -> None:
+        heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        super().__init__(channels, heads, encoder_channels)
+        self.channels, self.num_heads, self.use_checkpoint = channels, heads, use_checkpoint
+
+    def forward(self, x: Tensor, encoder_out: Tensor | None = None) -> Tensor:
+        """x [B, C, *space], encoder_out [B, encoder_channels, S] -> [B, C, *space]."""
+        return super().forward(x, None if encoder_out is None else encoder_out.transpose(1, 2))
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """Layers in order, which are given the timestep's embedding and the text where they read them."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, encoder_out: Tensor | None = None
+    ) -> Tensor:
+        for layer in self:
+            if isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            else:
+                x = layer(x, encoder_out) if isinstance(layer, AttentionBlock) else layer(x)
+        return x
 
 
 class QKVAttention(nn.Module):
@@ -99,12 +135,12 @@ class UNetModel(networks.UNetModel):
             resblock_updown,
         )
 
-    def attention(self, channels: int, heads: int) -> AttentionBlock:
+    def attention(self, channels: int, heads: int) -> layers.AttentionBlock:
         """An attention block of this model's kind, with keys and values for the text if there is one."""
         block = super().attention(channels, heads)
         if self.encoder_channels is None:
             return block
-        return AttentionBlock(channels, block.heads, self.encoder_channels)
+        return layers.AttentionBlock(channels, block.heads, self.encoder_channels)
 
 
 class SuperRes(networks.SuperRes):
