@@ -86,7 +86,8 @@ def _compare(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
 
 def _noise(device: torch.device) -> Noise:
     """A source of normal values with a stream of its own, cheap enough for the largest weights."""
-    period = torch.randn(_PERIOD, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    period = torch.randn(_PERIOD, generator=generator, dtype=torch.float32, device="cpu")
     drawn = 0
 
     def noise(*shape: int) -> Tensor:

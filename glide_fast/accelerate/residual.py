@@ -54,13 +54,14 @@ class ResidualPlan(Plan):
         norm, _, convolution = parts(module.in_layers)
         dims = max(parameter.ndim for parameter in convolution.parameters()) - 2
         x = noise(2, len(norm.weight), *_SPACES[dims])  # type: ignore[arg-type]
-        return [(x, noise(2, _linear(module).weight.shape[1]))]
+        return [(x, noise(batch, _linear(module).weight.shape[1])) for batch in (2, 1)]
 
     def fits(self, inputs: Sequence[Any]) -> bool:
-        return is_image(inputs[0])
+        x, embedding = inputs
+        return is_image(x) and embedding.ndim == 2 and len(embedding) in (1, len(x))
 
     def serve(self, module: Any, inputs: Sequence[Any]) -> Tensor:
-        x, embedding = inputs  # [B, C, *space], [B, E]
+        x, embedding = inputs  # [B, C, *space], [B or 1, E]
         norm, _, convolution = parts(module.in_layers)
         h = group_norm(norm, x, resample=_FUSED[self.resample])
         if self.resample == "own":
@@ -71,7 +72,7 @@ class ResidualPlan(Plan):
         modulation = module.emb_layers(embedding).to(h.dtype)
         norm, _, *rest = parts(module.out_layers)
         if self.film:
-            scale, shift = modulation.chunk(2, dim=1)
+            scale, shift = modulation.expand(len(h), -1).chunk(2, dim=1)
             h = group_norm(norm, h, scale=scale, shift=shift)
         else:
             h = group_norm(norm, h + modulation.view(*modulation.shape, *[1] * (h.ndim - 2)))

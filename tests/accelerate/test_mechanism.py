@@ -135,6 +135,18 @@ def test_acceleration_leaves_no_trace() -> None:
         assert torch.equal(parameter.grad, grads[name])
 
 
+def test_the_callers_settings_do_not_matter() -> None:
+    model = unet()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+            glide_fast.accelerate(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(report(model).served) == 19
+    torch.testing.assert_close(model(*GIVEN), unet()(*GIVEN), rtol=0, atol=2e-5)
+
+
 def test_twice_is_once() -> None:
     model = glide_fast.accelerate(unet())
     classes = [type(part) for part in model.modules()]

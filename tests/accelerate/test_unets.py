@@ -14,7 +14,7 @@ from glide_fast.accelerate import report
 from glide_fast.models import UNet as OurUNet
 from glide_fast.models import UNetConfig
 from tests.accelerate.compare import assert_same_training, kinds, noise, plain_and_served, randomised
-from tests.accelerate.foreign import AttentionBlock, ResBlock, UNet
+from tests.accelerate.foreign import AttentionBlock, GroupNorm32, ResBlock, UNet
 
 TEXT = 24
 CASES: dict[str, dict[str, Any]] = {
@@ -127,6 +127,17 @@ def test_channels_last_stays_channels_last() -> None:
     torch.testing.assert_close(output, plain(x, embedding), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("film", [True, False])
+@pytest.mark.parametrize(("pictures", "timesteps"), [(3, 1), (1, 3), (0, 1)])
+def test_one_timestep_serves_many_pictures_and_the_reverse(film: bool, pictures: int, timesteps: int) -> None:
+    block = ResBlock("guided", 16, 12, 24, film=film)
+    randomised(block)
+    plain, served = plain_and_served(block)
+    x, embedding = noise(pictures, 16, 4, 4), noise(timesteps, 12, seed=2)
+    torch.testing.assert_close(served(x, embedding), plain(x, embedding), rtol=0, atol=2e-5)
+    torch.testing.assert_close(served(x, emb=embedding), plain(x, emb=embedding), rtol=0, atol=2e-5)
+
+
 def test_training_steps_go_the_same_way() -> None:
     plain, served = plain_and_served(build("glide"))
     *given, target = *inputs_of("glide"), noise(2, 6, 8, 8, seed=7)
@@ -159,6 +170,13 @@ def test_output_layers_of_a_classifier_keep_their_tail() -> None:
     )
     randomised(head)
     assert_same_training(head, (noise(2, 16, 4, 4),))
+
+
+def test_groups_and_epsilon_are_the_norms_own() -> None:
+    assert_same_training(randomised(GroupNorm32(2, 16, eps=0.3)), (noise(2, 16, 4, 4),))
+    block = ResBlock("improved", 16, 12)
+    block.in_layers[0], block.out_layers[0] = GroupNorm32(2, 16, eps=0.3), GroupNorm32(16, 16, eps=0.1)
+    assert_same_training(randomised(block), (noise(2, 16, 4, 4), noise(2, 12, seed=2)))
 
 
 def test_a_norm_of_flat_features_runs_as_it_did() -> None:
