@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast.compat.errors import RuleError
@@ -16,9 +17,21 @@ from glide_fast.models.trunk import Stage, Trunk, UNetConfig
 from glide_fast.models.unet import UNet
 
 
-class Torso(Trunk):
-    """What the originals' networks have in common: their attributes, and half-precision blocks."""
+class CallableStage(Stage):
+    """A stage that can be called as the originals' are, ``stage(h, emb)``, ``emb`` before its SiLU."""
 
+    def forward(self, x: Tensor, embedding: Tensor, *text: Tensor | None) -> Tensor:
+        """x [B, C, *space]; with two arguments the embedding gets its SiLU here."""
+        return super().forward(x, embedding, *text) if text else super().forward(x, F.silu(embedding), None)
+
+
+class Torso(Trunk):
+    """What the originals' networks have in common: their attributes, and half-precision blocks.
+
+    Subclasses may replace ``forward`` by one that calls ``time_embed``, the blocks and ``out`` themselves.
+    """
+
+    stage = CallableStage
     input_blocks: nn.ModuleList
 
     @property

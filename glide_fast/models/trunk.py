@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,16 @@ class Stage(nn.ModuleList):
         return x
 
 
+class TimestepLayers(nn.ModuleDict):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__({"0": Linear(channels, out_channels), "2": Linear(out_channels, out_channels)})
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels] -> [B, out_channels]
+        return self["2"](F.silu(self["0"](x)))  # type: ignore[no-any-return]
+
+
 class Trunk(TextConditioned):
     """Timestep (and class) embedding, ``input_blocks`` and ``middle_block``.
 
@@ -105,22 +115,19 @@ class Trunk(TextConditioned):
     the encoder hands on.
     """
 
+    stage: ClassVar[type[Stage]] = Stage
+
     def __init__(self, config: UNetConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         embedding_channels = 4 * config.channels
-        self.time_embed = nn.ModuleDict(
-            {
-                "0": Linear(config.channels, embedding_channels),
-                "2": Linear(embedding_channels, embedding_channels),
-            }
-        )
+        self.time_embed = TimestepLayers(config.channels, embedding_channels)
         if config.classes is not None:
             self.label_emb = nn.Embedding(config.classes, embedding_channels)
         self.skip_channels = self._add_encoder()
         middle = self.skip_channels[-1]
-        self.middle_block = Stage(
+        self.middle_block = self.stage(
             [
                 self.res_block(middle, middle),
                 self.attention(middle, config.heads),
@@ -131,7 +138,7 @@ class Trunk(TextConditioned):
     def embed(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Timesteps [B] and class indices [B] -> [B, 4·channels], before the blocks' SiLU."""
         embedding = timestep_embedding(timesteps, self.config.channels)
-        embedding = self.time_embed["2"](F.silu(self.time_embed["0"](embedding)))
+        embedding = self.time_embed(embedding)
         return embedding if labels is None else embedding + self.label_emb(labels)  # type: ignore[no-any-return]
 
     def encode(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> list[Tensor]:
@@ -198,18 +205,18 @@ class Trunk(TextConditioned):
         config = self.config
         width = int(config.channel_mult[0] * config.channels)
         stem = CONVOLUTIONS[config.dims](config.in_channels, width, 3, padding=1)
-        self.input_blocks = nn.ModuleList([Stage([stem])])
+        self.input_blocks = nn.ModuleList([self.stage([stem])])
         widths = [width]
         for level, multiple in enumerate(config.channel_mult):
             for _ in range(config.res_blocks):
                 out = int(multiple * config.channels)
-                stage = Stage([self.res_block(width, out)])
+                stage = self.stage([self.res_block(width, out)])
                 if 2**level in config.attention_strides:
                     stage.append(self.attention(out, config.heads))
                 self.input_blocks.append(stage)
                 width = out
                 widths.append(width)
             if level < len(config.channel_mult) - 1:
-                self.input_blocks.append(Stage([self.resampling(width, "down")]))
+                self.input_blocks.append(self.stage([self.resampling(width, "down")]))
                 widths.append(width)
         return widths

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
 from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, zeroed
-from glide_fast.models.trunk import Stage, Trunk, UNetConfig
+from glide_fast.models.trunk import Trunk, UNetConfig
+
+
+class OutputLayers(nn.ModuleDict):
+    """GroupNorm, SiLU and a 3×3 convolution that starts at zero."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        convolution = CONVOLUTIONS[config.dims](channels, config.out_channels, 3, padding=1)
+        super().__init__({"0": GroupNorm(channels, config.norm_groups), "2": zeroed(convolution)})
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, out_channels, H, W]
+        return self["2"](self["0"](x, activation="silu"))  # type: ignore[no-any-return]
 
 
 class UNet(Trunk):
@@ -24,12 +35,7 @@ class UNet(Trunk):
     def __init__(self, config: UNetConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, compute_dtype=compute_dtype)
         out = self._add_decoder()
-        self.out = nn.ModuleDict(
-            {
-                "0": GroupNorm(out, config.norm_groups),
-                "2": zeroed(CONVOLUTIONS[config.dims](out, config.out_channels, 3, padding=1)),
-            }
-        )
+        self.out = OutputLayers(out, config)
         if config.text is not None:
             self.add_text_layers(config.text, 4 * config.channels)
 
@@ -43,7 +49,7 @@ class UNet(Trunk):
         for level, multiple in reversed(list(enumerate(config.channel_mult))):
             for block in range(config.res_blocks + 1):
                 out = int(multiple * config.channels)
-                stage = Stage([self.res_block(width + skips.pop(), out)])
+                stage = self.stage([self.res_block(width + skips.pop(), out)])
                 if 2**level in config.attention_strides:
                     stage.append(self.attention(out, heads))
                 if level and block == config.res_blocks:
@@ -95,8 +101,7 @@ class UNet(Trunk):
             embedding = embedding + text.pooled.to(embedding.dtype)
         h = self._input(x, low_res, known)
         h = self._body(h, F.silu(embedding), None if text is None else text.sequence)
-        h = self.out["0"](h.to(x.dtype), activation="silu")
-        out: Tensor = self.out["2"](h)
+        out: Tensor = self.out(h.to(x.dtype))
         return out.contiguous()
 
     def _input(self, x: Tensor, low_res: Tensor | None, known: MaskedImage | None) -> Tensor:

@@ -169,6 +169,26 @@ def test_conditions_are_checked() -> None:
     ).shape == (1, 1, 16, 16)
 
 
+def test_a_subclass_may_run_the_blocks_itself() -> None:
+    class Own(guided.UNetModel):
+        def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+            emb = self.time_embed(guided_nn.timestep_embedding(timesteps, self.model_channels))
+            emb = emb + self.label_emb(y)
+            h, maps = x.type(self.dtype), []
+            for module in self.input_blocks:
+                h = module(h, emb)
+                maps.append(h)
+            h = self.middle_block(h, emb)
+            for module in self.output_blocks:
+                h = module(torch.cat([h, maps.pop()], dim=1), emb)
+            return self.out(h.type(x.dtype))
+
+    name = "guided_unet_legacy_attn"
+    model = fill(Own(**entry(name)["kwargs"]), entry(name)["weights_seed"]).eval()
+    x, timesteps, conditions = inputs(name)
+    assert_close(model(x, timesteps, **conditions), name, "out")
+
+
 def test_arguments_are_attributes() -> None:
     model = guided.UNetModel(**TINY, num_classes=7, num_heads=2)
     for name, value in {**TINY, "num_classes": 7, "num_heads": 2, "num_heads_upsample": 2}.items():
