@@ -180,13 +180,15 @@ torch.manual_seed(rank())
 model, diffusion = script_util.create_model_and_diffusion(**options)
 sampler = resample.LossSecondMomentResampler(diffusion, history_per_term=1)
 sampler.update_with_local_losses(torch.arange(20)[rank()::2], torch.ones(10) * (1 + rank()))
+gathered = torch.from_numpy(sampler.weights())
 data = image_datasets.load_data(data_dir=folder / "pictures", batch_size=2, image_size=16)
 loop = train_util.TrainLoop(
     model=model, diffusion=diffusion, data=data, batch_size=2, microbatch=1, lr=1e-2, ema_rate="0.5",
     log_interval=10, save_interval=10, resume_checkpoint="", schedule_sampler=sampler, lr_anneal_steps=2)
 loop.run_loop()
 assert loop.global_batch == 4 and loop.use_ddp
-state = {"model": model.state_dict(), "weights": torch.from_numpy(sampler.weights())}
+learned = torch.from_numpy(sampler.weights())
+state = {"model": model.state_dict(), "gathered": gathered, "learned": learned}
 torch.save(state, folder / f"{rank()}.pt")
 """
 
@@ -213,6 +215,6 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert [worker.returncode for worker in workers] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert first["weights"][1] > 1.9 * first["weights"][0]
+    assert first["gathered"][1] > 1.9 * first["gathered"][0]  # losses of both processes: 1 and 2
     assert {path.name for path in (tmp_path / "log0").iterdir()} >= {"model000000.pt", "ema_0.5_000002.pt"}
     assert not list((tmp_path / "log1").iterdir())
