@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from glide_fast.models.clip import CLIP, CLIPConfig, VisionTransformerConfig
 from glide_fast.models.encoder import EncoderConfig, EncoderUNet
 from glide_fast.models.noisy_clip import NoisyCLIP, NoisyCLIPConfig
 from glide_fast.models.trunk import UNetConfig
+from glide_fast.models.unet import UNet
 from glide_fast.sampling import (
     SAMPLERS,
     along_gradient,
@@ -119,17 +122,40 @@ def filled(model: nn.Module) -> Any:
     return fill(model, 3).eval()
 
 
-def test_classifier_guidance() -> None:
-    trunk = UNetConfig(
+def tiny_unet(**changes: Any) -> UNetConfig:
+    return UNetConfig(
         image_size=8,
         channels=32,
         channel_mult=(1, 2),
         res_blocks=1,
         attention_strides=(2,),
         head_channels=32,
-        out_channels=10,
+        **changes,
     )
-    classifier = filled(EncoderUNet(EncoderConfig(trunk=trunk)))
+
+
+def tiny_classifier() -> Any:
+    return filled(EncoderUNet(EncoderConfig(trunk=tiny_unet(out_channels=10))))
+
+
+def test_the_readmes_example_runs() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = next(
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "along_" in block
+    )
+    small = example.replace("256, 256", "8, 8").replace('"50"', '"5"')
+    names = {
+        "network": filled(UNet(tiny_unet(classes=10))),
+        "classifier": tiny_classifier(),
+        "labels": torch.tensor([1, 2, 3, 4]),
+    }
+    exec(compile(small, "README.md", "exec"), names)
+    assert names["pictures"].shape == (4, 3, 8, 8)
+    assert names["pictures"].isfinite().all()
+
+
+def test_classifier_guidance() -> None:
+    classifier = tiny_classifier()
     labels = torch.tensor([4, 7])
     finite_everywhere(classifier_gradient(classifier, labels, 10.0), SHAPE)
     x, timesteps = normal("x", SHAPE, 0), torch.tensor([500, 500])
