@@ -66,7 +66,7 @@ class AttentionPlan(Plan):
         query, key, value = self._split(inputs[0].transpose(1, 2), heads, 3)
         text_key = text_value = None
         if len(inputs) == 2 and inputs[1] is not None:
-            text_key, text_value = self._split(inputs[1].transpose(1, 2).to(query.dtype), heads, 2)
+            text_key, text_value = self._split(inputs[1].transpose(1, 2), heads, 2)
         attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
         return attended.flatten(2).transpose(1, 2).contiguous()
 

@@ -60,8 +60,6 @@ def accelerate(model: Model) -> Model:
     findings = _examine(model)
     for finding in findings:
         if finding.plan is not None and plan_of(finding.module) is None:
-            for part in finding.plan.inner(finding.module):
-                unserve(part)
             serve(finding.module, finding.plan)
     if not any(finding.plan is not None or finding.note == _OURS for finding in findings):
         warnings.warn(

@@ -216,6 +216,15 @@ def test_hooks_fire_wherever_they_sit(path: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
+def test_a_forward_patched_onto_an_inner_module_is_used() -> None:
+    plain, served = plain_and_served(block().eval())
+    before = served(*BLOCK)
+    for model in (plain, served):
+        model.out_layers[1].forward = torch.sin
+    assert torch.equal(served(*BLOCK), plain(*BLOCK))
+    assert not torch.allclose(served(*BLOCK), before, atol=1e-2)
+
+
 def test_a_hook_on_clips_attention_fires() -> None:
     served = glide_fast.accelerate(ResidualAttentionBlock(32, 2, causal(5)))
     seen = []

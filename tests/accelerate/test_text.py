@@ -40,6 +40,17 @@ def test_a_mask_that_is_exchanged_later_is_seen() -> None:
         torch.testing.assert_close(served(x), plain(x), rtol=0, atol=2e-5)
 
 
+def test_shorter_texts_see_the_end_of_the_mask() -> None:
+    class SlicingBlock(ResidualAttentionBlock):
+        def attention(self, x: torch.Tensor) -> torch.Tensor:
+            mask = self.attn_mask[-len(x) :, -len(x) :]
+            return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    plain, served = plain_and_served(randomised(SlicingBlock(WIDTH, HEADS, causal(7))))
+    assert kinds(served) == {"SlicingBlock": 1}
+    torch.testing.assert_close(served(noise(4, 2, WIDTH)), plain(noise(4, 2, WIDTH)), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_clip_blocks_with_half_precision_weights(dtype: torch.dtype) -> None:
     block = ResidualAttentionBlock(WIDTH, HEADS, causal(7))
