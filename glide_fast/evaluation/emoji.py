@@ -6,7 +6,6 @@ picture in that tone is the nearest among the same person's five. Distances are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -20,37 +19,13 @@ from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.emoji import SKIN_TONES, load_emoji, skin_tone, split, tone_siblings
 from glide_fast.data.images import to_tensor, to_uint8
 from glide_fast.evaluation.nearest import nearest_rank, squared_distances
+from glide_fast.evaluation.score import Score
 
 SIZE = 32
 BATCH = 32
 Paint: TypeAlias = Callable[
     [Sequence[str], Sequence[int]], NDArray[np.uint8]
 ]  # prompts, seeds -> [B, H, W, 3]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """``right`` of ``count`` samples."""
-
-    right: int
-    count: int
-
-    @property
-    def share(self) -> float:
-        """Between 0 and 1."""
-        return self.right / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % confidence interval of the share (Wilson 1927)."""
-        z, n, share = 1.96, self.count, self.share
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return centre - half, centre + half
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.share:6.1%}  ({self.right} of {self.count}; 95 % interval {low:.0%} to {high:.0%})"
 
 
 @dataclass(frozen=True, kw_only=True)

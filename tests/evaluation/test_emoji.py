@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from glide_fast.data.emoji import find_font, held_out_captions, load_emoji, split
-from glide_fast.evaluation.emoji import Score, evaluate_emoji
+from glide_fast.evaluation.emoji import evaluate_emoji
+from glide_fast.evaluation.score import Score
 
 pytest.importorskip("emoji", reason="the package emoji (extra 'train') is not installed")
 
