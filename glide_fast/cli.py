@@ -1,4 +1,4 @@
-"""What a person types: ``glide-fast sample | train | evaluate | data | models | convert | run | doctor``.
+"""What a person types: ``glide-fast sample | train | plan | evaluate | data | models | convert | run …``.
 
 A command is a dataclass whose fields are its options; ``run`` does the work. A user's mistake ends in one
 line on stderr and exit status 1 (2 where the command line itself is wrong), never in a traceback.
@@ -37,6 +37,7 @@ from glide_fast.models.presets import published
 from glide_fast.sampling.pipeline import ASSETS, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
 from glide_fast.training import NonFiniteLossError, TrainConfig, train
+from glide_fast.training.plan import Setup, plan
 
 MODELS = {"emoji": (ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")}
 LARGEST_COUNT = 10_000
@@ -203,6 +204,58 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what training a diffusion model takes before it is tried: memory a GPU, FLOPs, speed, days."""
+
+    model: Annotated[Positional[str], arg(metavar="PRESET|RECIPE.toml")]
+    """A preset, such as glide-3.5b-base, or a recipe, such as configs/emoji_base.toml."""
+    gpus: int = 1
+    """How many."""
+    gpu: str = "H100"
+    """Which; an unknown one lists those that are known."""
+    batch: int | None = None
+    """Pictures an optimiser step, on all GPUs together. Default: the recipe's, or 32 a GPU."""
+    accumulate: int | None = None
+    """Parts in which a GPU takes its share of a batch. Default: the recipe's, or 1."""
+    images: float | None = None
+    """Pictures to learn from until the run ends. Default: the recipe's steps, or 100 million."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the activations. Default: the recipe's, or bfloat16."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: everything on every GPU. fsdp: weights and what belongs to them divided among the GPUs."""
+    checkpoint_activations: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them."""
+    utilisation: float = 0.4
+    """Share of the GPU's peak FLOP/s that is assumed to be reached, 0 to 1; small models reach less."""
+
+    def run(self) -> None:
+        recipe = load_toml(TrainConfig, Path(self.model)) if self.model.endswith(".toml") else None
+        model = published(self.model).config if recipe is None else recipe.model
+        if not isinstance(model, ModelConfig):
+            known = [name for name, config in PRESETS.items() if isinstance(config, ModelConfig)]
+            raise ValueError(f"preset {self.model!r} is no diffusion model; choose one of {', '.join(known)}")
+        defaults: dict[str, Any] = {"batch": 32 * self.gpus, "accumulate": 1, "dtype": "bfloat16"}
+        if recipe is not None:
+            defaults = {name: getattr(recipe, name) for name in ("batch", "accumulate")}
+            defaults["dtype"] = recipe.compute_dtype
+        given = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
+        choices = {**defaults, **given}
+        images = self.images
+        if images is None:
+            images = 1e8 if recipe is None else recipe.steps * choices["batch"]
+        setup = Setup(
+            gpus=self.gpus,
+            gpu=self.gpu,
+            sharding=self.sharding,
+            checkpoint_activations=self.checkpoint_activations,
+            utilisation=self.utilisation,
+            images=images,
+            **choices,
+        )
+        print(plan(self.model, model, setup))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Paint emoji captions and count how many are recognised by their nearest picture."""
 
@@ -297,6 +350,7 @@ class Doctor:
 Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]

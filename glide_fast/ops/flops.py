@@ -1,0 +1,50 @@
+"""How many FLOPs the ops take, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+As everywhere in that counter only matrix products count, a multiplication and an addition as two; GroupNorm
+takes none. Attention's backward pass computes the scores again and has four more products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+
+
+def attention_product(query: torch.Size, text_key: torch.Size | None) -> int:
+    """FLOPs of query [B, T, N, D] times the keys of the image and of the text [B, S, N, D]."""
+    batch, queries, heads, dim = query
+    keys = queries + (0 if text_key is None else text_key[1])
+    return 2 * batch * heads * queries * keys * dim
+
+
+def _attention(
+    query: torch.Size,
+    _key: torch.Size,
+    _value: torch.Size,
+    text_key: torch.Size | None,
+    *_rest: Any,
+    out_shape: Any = None,  # noqa: ARG001 (the counter names it)
+) -> int:
+    return FORWARD_PRODUCTS * attention_product(query, text_key)
+
+
+def _attention_backward(
+    _grad: torch.Size,
+    query: torch.Size,
+    _key: torch.Size,
+    _value: torch.Size,
+    text_key: torch.Size | None,
+    *_rest: Any,
+    out_shape: Any = None,  # noqa: ARG001
+) -> int:
+    return BACKWARD_PRODUCTS * attention_product(query, text_key)
+
+
+def register() -> None:
+    """Tell torch's counter about both ops; it refuses a second time."""
+    register_flop_formula(torch.ops.glide_fast.attention)(_attention)
+    register_flop_formula(torch.ops.glide_fast.attention_backward)(_attention_backward)
