@@ -38,7 +38,7 @@ def test_a_set_covers_itself() -> None:
 
 
 def test_copies_of_one_picture_cover_each_other() -> None:
-    """Copies up to the last digit, as batches of other sizes make them: nothing of their distances is real."""
+    """Copies up to the last digit, as batches of other sizes make them: their distances are noise."""
     generator = np.random.default_rng(1)
     picture, other = generator.standard_normal((2, 1, 70))
     copies, samples = (picture * (1 + 4e-16 * generator.integers(0, 3, (9, 70))) for _ in range(2))
