@@ -82,12 +82,12 @@ class EncoderUNet(Trunk):
         self.out = nn.ModuleDict(layers)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Noised pictures x [B, 3, H, W] at timesteps [B] -> logits [B, classes] in the dtype of ``x``.
+        """Noised pictures x [B, 3, H, W] at timesteps [B or 1] -> logits [B, classes] in the dtype of ``x``.
 
         Raises:
-            ValueError: the picture size does not fit.
+            ValueError: the picture size, or the number of timesteps, does not fit.
         """
-        self.check_size(x)
+        self.check_inputs(x, timesteps)
         maps = self.encode(x, F.silu(self.embed(timesteps)))
         if self.pool in ("adaptive", "attention"):
             last = self.out["0"](maps[-1].to(x.dtype), activation="silu")

@@ -195,10 +195,10 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B, C, H, W], embedding [B, E] with its SiLU already applied -> [B, out, H', W']."""
+        """x [B, C, H, W], embedding [B or 1, E] with its SiLU already applied -> [B, out, H', W']."""
         h: Tensor = self.in_layers["0"](x, activation="silu", resample=self.resample)
         h = self.in_layers["2"](h)
-        modulation = self.emb_layers["1"](embedding).to(h.dtype)
+        modulation = self.emb_layers["1"](embedding).to(h.dtype).expand(len(h), -1)
         if self.scale_shift_norm:
             scale, shift = modulation.chunk(2, dim=1)
             h = self.out_layers["0"](h, scale=scale, shift=shift, activation="silu")

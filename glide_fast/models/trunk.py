@@ -136,7 +136,7 @@ class Trunk(TextConditioned):
         )
 
     def embed(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Timesteps [B] and class indices [B] -> [B, 4·channels], before the blocks' SiLU."""
+        """Timesteps [B or 1] and class indices [B] -> [B or 1, 4·channels], before the blocks' SiLU."""
         embedding = timestep_embedding(timesteps, self.config.channels)
         embedding = self.time_embed(embedding)
         return embedding if labels is None else embedding + self.label_emb(labels)  # type: ignore[no-any-return]
@@ -151,14 +151,19 @@ class Trunk(TextConditioned):
             maps.append(h)
         return [*maps, self.middle_block(h, embedding, text)]
 
-    def check_size(self, x: Tensor) -> None:
-        """Raise ``ValueError`` if the picture has the wrong dimensions, or a side the levels cannot halve."""
+    def check_inputs(self, x: Tensor, timesteps: Tensor) -> None:
+        """Raise ``ValueError`` if a picture's dimensions or sides, or the number of timesteps, do not fit."""
         dims, stride = self.config.dims, self.config.stride
         if x.dim() != dims + 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; this model has {dims} dimensions of space")
         sides = tuple(x.shape[-min(dims, 2) :])
         if any(side % stride for side in sides):
             raise ValueError(f"picture size {sides} is not divisible by {stride}, as its levels need")
+        if timesteps.shape not in ((1,), (len(x),)):
+            raise ValueError(
+                f"timesteps have shape {tuple(timesteps.shape)}; give one for each of the {len(x)} pictures, "
+                "or one for all"
+            )
 
     def res_block(self, channels: int, out_channels: int) -> ResBlock:
         """A residual block of this model's kind."""

@@ -80,7 +80,7 @@ class UNet(Trunk):
 
         Args:
             x: noised pictures [B, 3, H, W]; H and W divisible by 2**(levels - 1).
-            timesteps: [B], integer or float, as in the training schedule.
+            timesteps: [B], or [1] for all, integer or float, as in the training schedule.
             tokens, mask: the prompts [B, S]; or ``text``, the same already encoded.
             low_res: [B, 3, h, w] in [-1, 1], for upsamplers.
             known: the known part of the picture, for inpainting models; None = nothing is known.
@@ -90,10 +90,11 @@ class UNet(Trunk):
             [B, out_channels, H, W] in the dtype of ``x``: the noise, then the variance where it is learned.
 
         Raises:
-            ValueError: a condition is missing, given twice, or not one of this model, or the size does not
+            ValueError: a condition is missing, given twice, or not one of this model, or a shape does not
                 fit.
         """
-        self._check_conditions(x, tokens, text, low_res, known, labels)
+        self.check_inputs(x, timesteps)
+        self._check_conditions(tokens, text, low_res, known, labels)
         embedding = self.embed(timesteps, labels)
         if tokens is not None:
             text = self.text(tokens, mask)
@@ -120,7 +121,6 @@ class UNet(Trunk):
 
     def _check_conditions(
         self,
-        x: Tensor,
         tokens: Tensor | None,
         text: TextEncoding | None,
         low_res: Tensor | None,
@@ -128,7 +128,6 @@ class UNet(Trunk):
         labels: Tensor | None,
     ) -> None:
         config = self.config
-        self.check_size(x)
         if tokens is not None and text is not None:
             raise ValueError("tokens and text are both given; give the prompt once, as tokens or encoded")
         given = {

@@ -128,6 +128,15 @@ def test_a_classifier_of_signals(pool: Any) -> None:
     assert model(torch.randn(2, 3, 8), torch.zeros(2)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("scale_shift_norm", [False, True])
+def test_one_timestep_serves_a_batch(scale_shift_norm: bool) -> None:
+    model = fill(UNet(tiny(scale_shift_norm=scale_shift_norm)), 1)
+    x = normal("x", (3, 3, 8, 8), 1)
+    torch.testing.assert_close(model(x, torch.tensor([7])), model(x, torch.tensor([7, 7, 7])))
+    with pytest.raises(ValueError, match=r"timesteps have shape \(2,\); give one for each of the 3 pictures"):
+        model(x, torch.tensor([7, 7]))
+
+
 def test_wrong_dimensions_and_pools_are_named() -> None:
     with pytest.raises(ValueError, match="this model has 2 dimensions of space"):
         UNet(tiny())(torch.randn(1, 3, 8), torch.zeros(1))
