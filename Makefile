@@ -16,8 +16,8 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h)
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/glide-fast sample --out demo "red apple" "grinning face" "dog face" "rocket" \
-	  "flag of Japan" "soccer ball" "pizza" "woman, dark skin tone"
+	$(BIN)/glide-fast sample --out demo "red apple" "grinning face" "red heart" "evergreen tree" \
+	  "thumbs up, dark skin tone" "baby, medium skin tone" "bell" "soccer ball"
 
 test: $(INSTALLED) $(TOOLS) $(FONT)
 	$(BIN)/python -m pytest

@@ -40,6 +40,7 @@ from glide_fast.training import NonFiniteLossError, TrainConfig, train
 from glide_fast.training.plan import Setup, plan
 
 MODELS = {"emoji": (ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")}
+EMOJI_GUIDANCE = 1.25  # more makes colours, and so skin tones, too strong
 LARGEST_COUNT = 10_000
 
 
@@ -58,12 +59,20 @@ class Painter:
     """Noise added each step, 0 to 1, for samplers that have a choice; default: the sampler's usual."""
     steps: int = 50
     """Steps of the base model, 2 to 1000."""
-    guidance: float = 3.0
-    """Classifier-free guidance of the base model, 0 to 100: 0 ignores the prompt, 1 is the plain model."""
+    guidance: float | None = None
+    """Classifier-free guidance of the base model, 0 to 100: 0 ignores the prompt, 1 is the plain model.
+    Default: 1.25 for "emoji", 3 for other models."""
     rescale: float = 0.0
     """Share of the contrast that guidance adds and that is taken back, 0 to 1."""
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
+
+    @property
+    def scale(self) -> float:
+        """The guidance that is given, or the model's usual one."""
+        if self.guidance is not None:
+            return self.guidance
+        return EMOJI_GUIDANCE if self.model in MODELS else StageOptions().guidance
 
     def sources(self) -> list[str | Path]:
         """Files or names of presets: the base model, then the upsampler if there is one."""
@@ -98,7 +107,7 @@ class Painter:
             sampler=self.sampler,
             eta=self.eta,
             steps=self.steps,
-            guidance=self.guidance,
+            guidance=self.scale,
             rescale=self.rescale,
         )
         return model(
@@ -176,7 +185,12 @@ class Sample:
         sidecar = {
             "command": shlex.join(["glide-fast", *sys.argv[1:]]),
             "pictures": rows,
-            "options": {**asdict(self.painter), "size": int(pictures.shape[1]), "batch": self.batch},
+            "options": {
+                **asdict(self.painter),
+                "guidance": self.painter.scale,
+                "size": int(pictures.shape[1]),
+                "batch": self.batch,
+            },
             "model_sha256": {str(path.name): sha256_of(path) for path in self.painter.files()},
             "versions": doctor.versions(),
         }
@@ -268,7 +282,7 @@ class Evaluate:
     def run(self) -> None:
         paint = partial(self.painter.paint, self.painter.load())
         print(evaluate_emoji(paint, captions=self.captions, seed=self.seed, progress=sys.stderr.isatty()))
-        print(f"{self.painter.sampler}, {self.painter.steps} steps, guidance {self.painter.guidance:g}")
+        print(f"{self.painter.sampler}, {self.painter.steps} steps, guidance {self.painter.scale:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
