@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from glide_fast.training.config import SampleConfig, TrainConfig
 from glide_fast.training.log import RunLog, plot_losses
@@ -40,6 +42,7 @@ def start(config: TrainConfig, directory: Path, prepare: Callable[[], None] = la
     pid = os.fork()
     if pid == 0:
         try:
+            tqdm.set_lock(threading.RLock())  # the usual one is shared by all forks: a killed one would keep it
             with open(os.devnull, "w") as silence:
                 sys.stderr = silence
                 prepare()
