@@ -42,7 +42,7 @@ def start(config: TrainConfig, directory: Path, prepare: Callable[[], None] = la
     pid = os.fork()
     if pid == 0:
         try:
-            tqdm.set_lock(threading.RLock())  # the usual one is shared by all forks: a killed one would keep it
+            tqdm.set_lock(threading.RLock())  # the usual one is shared, and a killed fork keeps it
             with open(os.devnull, "w") as silence:
                 sys.stderr = silence
                 prepare()
