@@ -53,7 +53,9 @@ def test_merges_from_a_file(tmp_path: Path) -> None:
     assert load_clip_tokenizer(path).encode("a diagram") == clip_tokenizer().encode("a diagram")
 
 
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b"header\nthree parts here\n"), b"\x1f\x8b"])
+@pytest.mark.parametrize(
+    "content", [b"no archive", gzip.compress(b"header\nthree parts here\n"), b"\x1f\x8b"]
+)
 def test_a_file_of_something_else_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(content)
