@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: the recorded ids of the original, special tokens in a text, and files of something else."""
+"""CLIP's tokenizer: the recorded ids of the original, special tokens in a text, and damaged files."""
 
 from __future__ import annotations
 
