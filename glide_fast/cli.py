@@ -37,7 +37,6 @@ from glide_fast.models.presets import published
 from glide_fast.sampling.pipeline import ASSETS, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
 from glide_fast.training import NonFiniteLossError, TrainConfig, train
-from glide_fast.training.plan import Setup, plan
 
 MODELS = {"emoji": (ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")}
 EMOJI_GUIDANCE = 1.25  # more makes colours, and so skin tones, too strong
@@ -257,6 +256,8 @@ class Plan:
         images = self.images
         if images is None:
             images = 1e8 if recipe is None else recipe.steps * choices["batch"]
+        from glide_fast.training.plan import Setup, plan  # brings torch's FLOP counter, slow to import
+
         setup = Setup(
             gpus=self.gpus,
             gpu=self.gpu,

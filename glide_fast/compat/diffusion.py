@@ -238,12 +238,8 @@ class GaussianDiffusion:
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        at = self.process.schedule.at
-        alpha, alpha_prev = at("alphas_cumprod", t, x), at("alphas_cumprod_prev", t, x)
-        sigma = eta * torch.sqrt((1 - alpha_prev) / (1 - alpha)) * torch.sqrt(1 - alpha / alpha_prev)
+        mean, sigma = self.process.ddim_step(out["pred_xstart"], eps, t, eta)
         noise = torch.randn_like(x)
-        kept = (1 - alpha_prev - sigma**2).clamp(min=0)  # rounding takes it below zero at eta 1
-        mean = out["pred_xstart"] * torch.sqrt(alpha_prev) + torch.sqrt(kept) * eps
         return {"sample": mean + _unless_last(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(
@@ -267,8 +263,7 @@ class GaussianDiffusion:
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_next = self.process.schedule.at("alphas_cumprod_next", t, x)
-        sample = out["pred_xstart"] * torch.sqrt(alpha_next) + torch.sqrt(1 - alpha_next) * eps
+        sample = self.process.ddim_step_to_noise(out["pred_xstart"], eps, t)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample_loop(

@@ -106,6 +106,23 @@ class GaussianDiffusion:
         mean = at("posterior_mean_coef1", t, x_t) * x_start + at("posterior_mean_coef2", t, x_t) * x_t
         return Gaussian(mean, at("posterior_variance", t, x_t), at("posterior_log_variance_clipped", t, x_t))
 
+    def ddim_step(self, x_start: Tensor, epsilon: Tensor, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """Mean [B, C, H, W] and deviation [B, 1, 1, 1] of DDIM's step back (arXiv 2010.02502, equation 12).
+
+        `x_start` and `epsilon` are the guesses of the clean picture and of the noise at steps t.
+        """
+        at = self.schedule.at
+        alpha, alpha_prev = at("alphas_cumprod", t, x_start), at("alphas_cumprod_prev", t, x_start)
+        # Equation 16; the paper's alpha is DDPM's alpha_bar.
+        sigma = eta * torch.sqrt((1 - alpha_prev) / (1 - alpha)) * torch.sqrt(1 - alpha / alpha_prev)
+        kept = (1 - alpha_prev - sigma**2).clamp(min=0)  # rounding takes it below zero at eta 1
+        return x_start * torch.sqrt(alpha_prev) + torch.sqrt(kept) * epsilon, sigma
+
+    def ddim_step_to_noise(self, x_start: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """x_(t+1) [B, C, H, W] on DDIM's deterministic path (arXiv 2010.02502, section 4.3)."""
+        alpha_next = self.schedule.at("alphas_cumprod_next", t, x_start)
+        return x_start * torch.sqrt(alpha_next) + torch.sqrt(1 - alpha_next) * epsilon
+
     def predict_x_start_from_epsilon(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         """The clean picture, if `epsilon` is the noise in x_t (DDPM, equation 4 solved for x_0)."""
         at = self.schedule.at

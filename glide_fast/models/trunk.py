@@ -177,6 +177,11 @@ class Trunk(TextConditioned):
             norm_groups=self.config.norm_groups,
         )
 
+    @property
+    def text_channels(self) -> int | None:
+        """Channels of the text that attention reads besides the pixels; None without text."""
+        return None if self.config.text is None else self.config.text.width
+
     def attention(self, channels: int, heads: int) -> AttentionBlock:
         """An attention block of this model's kind; ``heads`` counts unless the config fixes their width."""
         config = self.config
@@ -190,7 +195,7 @@ class Trunk(TextConditioned):
         return AttentionBlock(
             channels,
             heads,
-            None if config.text is None else config.text.width,
+            self.text_channels,
             order=config.attention_order,
             norm_groups=config.norm_groups,
         )

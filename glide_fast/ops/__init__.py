@@ -4,13 +4,12 @@ Importing this package loads the compiled C++ library and the Triton kernels whe
 were not, the reference serves, and `implementations()` says why.
 """
 
-from glide_fast.ops import attention_cpu, flops
+from glide_fast.ops import attention_cpu
 from glide_fast.ops.attention import attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
 from glide_fast.ops.group_norm import Activation, Resample, group_norm
 
 attention_cpu.register()
-flops.register()
 load_compiled()
 
 __all__ = [

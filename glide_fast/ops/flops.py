@@ -1,7 +1,8 @@
 """How many FLOPs the ops take, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 As everywhere in that counter only matrix products count, a multiplication and an addition as two; GroupNorm
-takes none. Attention's backward pass computes the scores again and has four more products.
+takes none. Attention's backward pass computes the scores again and has four more products. Importing this
+module tells the counter; nothing else does, because the counter takes as long to import as all the ops.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def attention_product(query: torch.Size, text_key: torch.Size | None) -> int:
     return 2 * batch * heads * queries * keys * dim
 
 
+@register_flop_formula(torch.ops.glide_fast.attention)
 def _attention(
     query: torch.Size,
     _key: torch.Size,
@@ -32,6 +34,7 @@ def _attention(
     return FORWARD_PRODUCTS * attention_product(query, text_key)
 
 
+@register_flop_formula(torch.ops.glide_fast.attention_backward)
 def _attention_backward(
     _grad: torch.Size,
     query: torch.Size,
@@ -42,9 +45,3 @@ def _attention_backward(
     out_shape: Any = None,  # noqa: ARG001
 ) -> int:
     return BACKWARD_PRODUCTS * attention_product(query, text_key)
-
-
-def register() -> None:
-    """Tell torch's counter about both ops; it refuses a second time."""
-    register_flop_formula(torch.ops.glide_fast.attention)(_attention)
-    register_flop_formula(torch.ops.glide_fast.attention_backward)(_attention_backward)

@@ -28,30 +28,25 @@ def _ddpm(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _ddim(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM (arXiv 2010.02502, equation 12): deterministic given x at eta 0, as random as DDPM at eta 1."""
-    at, x = run.diffusion.schedule.at, run.x
+    x = run.x
     for step in run.countdown:
         t = run.t(step)
         x_start = run.predict(x, step).x_start
         epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
-        alpha, alpha_prev = at("alphas_cumprod", t, x), at("alphas_cumprod_prev", t, x)
-        # Equation 16; the paper's alpha is DDPM's alpha_bar.
-        sigma = run.eta * torch.sqrt((1 - alpha_prev) / (1 - alpha)) * torch.sqrt(1 - alpha / alpha_prev)
+        mean, sigma = run.diffusion.ddim_step(x_start, epsilon, t, run.eta)
         z = run.draw()
-        kept = (1 - alpha_prev - sigma**2).clamp(min=0)  # rounding takes it below zero at eta 1
-        mean = x_start * torch.sqrt(alpha_prev) + torch.sqrt(kept) * epsilon
         x = mean if step == 0 else mean + sigma * z
         yield x, x_start
 
 
 def _ddim_encode(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM at eta 0 run backwards (arXiv 2010.02502, section 4.3): the noise x_T that leads to picture x."""
-    at, x = run.diffusion.schedule.at, run.x
+    x = run.x
     for step in run.countdown[::-1]:
         t = run.t(step)
         x_start = run.predict(x, step).x_start
         epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
-        alpha_next = at("alphas_cumprod_next", t, x)
-        x = x_start * torch.sqrt(alpha_next) + torch.sqrt(1 - alpha_next) * epsilon
+        x = run.diffusion.ddim_step_to_noise(x_start, epsilon, t)
         yield x, x_start
 
 

@@ -14,6 +14,7 @@ from glide_fast.compat.glide_text2im.text2im_model import (
     Text2ImUNet,
 )
 from glide_fast.compat.glide_text2im.tokenizer.bpe import get_encoder
+from glide_fast.compat.script_options import channel_multiples, strides
 
 __all__ = [
     "create_gaussian_diffusion",
@@ -162,7 +163,7 @@ def create_model(
         model_channels=num_channels,
         out_channels=6,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=tuple(image_size // int(part) for part in attention_resolutions.split(",")),
+        attention_resolutions=strides(image_size, attention_resolutions),
         dropout=dropout,
         channel_mult=_multiples(image_size, channel_mult),
         use_fp16=use_fp16,
@@ -185,16 +186,9 @@ def create_gaussian_diffusion(
     )
 
 
-def _multiples(image_size: int, channel_mult: str) -> tuple[int, ...]:
+def _multiples(image_size: int, channel_mult: str) -> tuple[float, ...]:
     """Channels of each level as multiples of the first."""
-    if channel_mult == "":
-        if image_size not in CHANNEL_MULT:
-            raise ValueError(
-                f"unsupported image size: {image_size}; use one of {', '.join(map(str, CHANNEL_MULT))}, "
-                "or give channel_mult"
-            )
-        return CHANNEL_MULT[image_size]
-    multiples = tuple(int(part) for part in channel_mult.split(","))
+    multiples = channel_multiples(CHANNEL_MULT, image_size, channel_mult)
     if 4 << len(multiples) != image_size:
         raise RuleError(
             f"channel_mult {channel_mult!r} has {len(multiples)} levels, which suit pictures of "

@@ -135,12 +135,10 @@ class UNetModel(networks.UNetModel):
             resblock_updown,
         )
 
-    def attention(self, channels: int, heads: int) -> layers.AttentionBlock:
-        """An attention block of this model's kind, with keys and values for the text if there is one."""
-        block = super().attention(channels, heads)
-        if self.encoder_channels is None:
-            return block
-        return layers.AttentionBlock(channels, block.heads, self.encoder_channels)
+    @property
+    def text_channels(self) -> int | None:
+        """Channels of the text that attention reads besides the pixels; None without text."""
+        return self.encoder_channels
 
 
 class SuperRes(networks.SuperRes):
