@@ -34,12 +34,11 @@ from glide_fast.models import PRESETS, MaskedImage, ModelConfig, convert
 from glide_fast.models.catalogue import catalogue
 from glide_fast.models.checkpoint import files_of
 from glide_fast.models.presets import published
-from glide_fast.sampling.pipeline import ASSETS, UPSAMPLER_OPTIONS, StageOptions, TextToImage
+from glide_fast.sampling.pipeline import EMBEDDED, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
 from glide_fast.training import NonFiniteLossError, TrainConfig, train
 
-MODELS = {"emoji": (ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")}
-EMOJI_GUIDANCE = 1.25  # more makes colours, and so skin tones, too strong
+EMOJI = "emoji"
 LARGEST_COUNT = 10_000
 
 
@@ -47,7 +46,7 @@ LARGEST_COUNT = 10_000
 class Painter:
     """Which models paint, and how."""
 
-    model: str = "emoji"
+    model: str = EMOJI
     """"emoji", which ships with the package; a preset such as glide-base; or a base model's file."""
     upsampler: str | None = None
     """The upsampler that belongs to another base model than "emoji": a preset or a file."""
@@ -66,19 +65,16 @@ class Painter:
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
 
-    @property
-    def scale(self) -> float:
+    def scale(self, model: TextToImage) -> float:
         """The guidance that is given, or the model's usual one."""
-        if self.guidance is not None:
-            return self.guidance
-        return EMOJI_GUIDANCE if self.model in MODELS else StageOptions().guidance
+        return model.guidance if self.guidance is None else self.guidance
 
     def sources(self) -> list[str | Path]:
         """Files or names of presets: the base model, then the upsampler if there is one."""
-        if self.model in MODELS:
+        if self.model == EMOJI:
             if self.upsampler is not None:
                 raise ValueError(f"model {self.model!r} has its own upsampler; leave --upsampler out")
-            return list(MODELS[self.model])
+            return list(EMBEDDED)
         sources: list[str | Path] = [_painting_model(self.model, upsampler=False)]
         if self.upsampler is not None:
             sources.append(_painting_model(self.upsampler, upsampler=True))
@@ -90,13 +86,14 @@ class Painter:
 
     def load(self, size: int | None = None) -> TextToImage:
         """The models, without the upsampler where ``size`` is that of the base model."""
-        model = TextToImage.load(*self.sources())
+        sources = self.sources()
+        model = TextToImage.embedded() if self.model == EMOJI else TextToImage.load(*sources)
         sizes = [stage.config.unet.image_size for stage in (model.base, model.upsampler) if stage]
         if size is not None and size not in sizes:
             raise ValueError(
                 f"size {size} is not one this model paints; choose {' or '.join(map(str, sizes))}"
             )
-        return TextToImage(base=model.base) if size == sizes[0] else model
+        return replace(model, upsampler=None) if size == sizes[0] else model
 
     def paint(
         self, model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], **rest: Any
@@ -106,7 +103,7 @@ class Painter:
             sampler=self.sampler,
             eta=self.eta,
             steps=self.steps,
-            guidance=self.scale,
+            guidance=self.scale(model),
             rescale=self.rescale,
         )
         return model(
@@ -161,7 +158,7 @@ class Sample:
         for start in range(0, len(orders), self.batch):
             prompts, seeds = zip(*orders[start : start + self.batch], strict=True)
             parts.append(self.painter.paint(model, prompts, seeds, known=known, progress=sys.stderr.isatty()))
-        self._write(np.concatenate(parts), orders)
+        self._write(np.concatenate(parts), orders, self.painter.scale(model))
 
     def _known(self, size: int) -> MaskedImage | None:
         if self.known is None and self.mask is None:
@@ -173,7 +170,7 @@ class Sample:
         )
         return MaskedImage(image, (mask.mean(1, keepdim=True) > 0).float())
 
-    def _write(self, pictures: NDArray[np.uint8], orders: list[tuple[str, int]]) -> None:
+    def _write(self, pictures: NDArray[np.uint8], orders: list[tuple[str, int]], guidance: float) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         rows = []
         for index, (picture, (prompt, seed)) in enumerate(zip(pictures, orders, strict=True)):
@@ -186,7 +183,7 @@ class Sample:
             "pictures": rows,
             "options": {
                 **asdict(self.painter),
-                "guidance": self.painter.scale,
+                "guidance": guidance,
                 "size": int(pictures.shape[1]),
                 "batch": self.batch,
             },
@@ -281,9 +278,10 @@ class Evaluate:
     painter: tyro.conf.OmitArgPrefixes[Painter] = Painter()
 
     def run(self) -> None:
-        paint = partial(self.painter.paint, self.painter.load())
+        model = self.painter.load()
+        paint = partial(self.painter.paint, model)
         print(evaluate_emoji(paint, captions=self.captions, seed=self.seed, progress=sys.stderr.isatty()))
-        print(f"{self.painter.sampler}, {self.painter.steps} steps, guidance {self.painter.scale:g}")
+        print(f"{self.painter.sampler}, {self.painter.steps} steps, guidance {self.painter.scale(model):g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,7 +408,7 @@ def _painting_model(name: str, *, upsampler: bool) -> str:
         task = "enlarges a picture of a text" if upsampler else "paints a picture from a text alone"
         raise ValueError(f"model {name!r} is none that {task}; choose one of {', '.join(known)}")
     if not upsampler:
-        known = [*MODELS, *known]
+        known = [EMOJI, *known]
     raise ValueError(
         f"model {name!r} is neither a known model ({', '.join(known)}) nor a file; "
         "give the path of a model's file, such as the .safetensors that `glide-fast train` wrote"

@@ -137,3 +137,13 @@ def test_the_hash_is_that_of_the_whole_content(tmp_path: Path, size: int) -> Non
     content = bytes(index % 251 for index in range(size))
     (tmp_path / "a").write_bytes(content)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    first = sha256_of(path)
+    path.write_bytes(b"three")
+    assert sha256_of(path) == hashlib.sha256(b"three").hexdigest() != first
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert sha256_of(path) != first

@@ -6,7 +6,7 @@ GLIDE (arXiv 2112.10741): the base model is guided, the upsampler is conditioned
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ from glide_fast.sampling.samplers import find_sampler
 from glide_fast.text.tokenizer import get_tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors"
+GUIDANCE = 3.0  # GLIDE's usual scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +35,14 @@ class StageOptions:
 
     ``eta`` is the noise added each step, None the sampler's usual; ``steps`` is a number of evenly spread
     steps of its schedule, or a respacing such as "fast27" or "10,15,20"; ``guidance`` 1 is the plain
-    conditional model, 0 ignores the prompt, and ``rescale`` takes back that share of the contrast it adds;
-    ``temperature`` scales the first noise.
+    conditional model, 0 ignores the prompt, None is the model's usual scale, and ``rescale`` takes back that
+    share of the contrast it adds; ``temperature`` scales the first noise.
     """
 
     sampler: str = "ddim"
     eta: float | None = None
     steps: int | str = 50
-    guidance: float = 3.0
+    guidance: float | None = None
     rescale: float = 0.0
     temperature: float = 1.0
 
@@ -94,7 +96,8 @@ def sample_stage(
         raise ValueError("this model is not conditioned on text, so a prompt cannot be painted with it")
     sampler = find_sampler(options.sampler)
     diffusion = options.diffusion(config)
-    copies = 1 if options.guidance == 1 else 2  # conditional rows, then unconditional ones
+    guidance = GUIDANCE if options.guidance is None else options.guidance
+    copies = 1 if guidance == 1 else 2  # conditional rows, then unconditional ones
     texts = [*prompts, *[""] * (len(prompts) * (copies - 1))]
     words = get_tokenizer(config.unet.text.tokenizer).batch(texts, config.unet.text.context)
     device = next(model.parameters()).device
@@ -108,7 +111,7 @@ def sample_stage(
         return model(x, timesteps, text=text, low_res=low_res, known=seen)  # type: ignore[no-any-return]
 
     denoiser: Denoiser = (
-        denoise if copies == 1 else classifier_free(denoise, options.guidance, rescale=options.rescale)
+        denoise if copies == 1 else classifier_free(denoise, guidance, rescale=options.rescale)
     )
     shape = (len(prompts), config.unet.image_channels, config.unet.image_size, config.unet.image_size)
     start = initial_noise(noise, shape, device=device, temperature=options.temperature)
@@ -125,10 +128,14 @@ def quantise(pictures: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
-    """A base model and, optionally, an upsampler: ``TextToImage.embedded()(["red apple"], seeds=[0])``."""
+    """A base model and, optionally, an upsampler: ``TextToImage.embedded()(["red apple"], seeds=[0])``.
+
+    ``guidance`` is the base model's usual scale, for options that give none.
+    """
 
     base: LoadedModel
     upsampler: LoadedModel | None = None
+    guidance: float = GUIDANCE
 
     @classmethod
     def load(cls, base: str | Path, upsampler: str | Path | None = None) -> TextToImage:
@@ -142,7 +149,8 @@ class TextToImage:
     @classmethod
     def embedded(cls) -> TextToImage:
         """The small emoji model that ships with the package: text → 32 px → 64 px."""
-        return cls.load(ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors")
+        model = cls.load(*EMBEDDED)
+        return replace(model, guidance=1.25)  # more makes colours, and so skin tones, too strong
 
     @property
     def size(self) -> int:
@@ -172,6 +180,8 @@ class TextToImage:
                 f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed a prompt, at least one"
             )
         noise = PerImageNoise(seeds)
+        if base_options.guidance is None:
+            base_options = replace(base_options, guidance=self.guidance)
         pictures = sample_stage(
             self.base,
             prompts,

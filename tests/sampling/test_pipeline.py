@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,16 @@ def test_guidance_zero_ignores_the_prompt_and_the_empty_prompt_is_unconditional(
 def test_guidance_one_is_the_plain_conditional_model(base: LoadedModel) -> None:
     guided = draw(base, ["rocket"], [0], StageOptions(steps=4, guidance=1.0 + 1e-9))
     torch.testing.assert_close(guided, draw(base, ["rocket"], [0], FEW_PLAIN), rtol=0, atol=1e-5)
+
+
+def test_options_without_guidance_take_the_models_usual_scale(both: TextToImage) -> None:
+    def paint(model: TextToImage, options: StageOptions) -> np.ndarray:
+        return model(["rocket"], seeds=[0], base_options=options, upsampler_options=FEW_PLAIN)
+
+    given = paint(both, StageOptions(steps=4, guidance=1.5))
+    np.testing.assert_array_equal(paint(replace(both, guidance=1.5), FEW), given)
+    assert (paint(both, FEW) != given).any()
+    np.testing.assert_array_equal(paint(both, FEW), paint(both, StageOptions(steps=4, guidance=3.0)))
 
 
 def test_the_upsampler_sees_the_quantised_base_picture_and_continues_the_noise(both: TextToImage) -> None:
