@@ -132,11 +132,15 @@ class QKVAttentionLegacy(nn.Module):
         super().__init__()
         self.n_heads = n_heads
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """qkv [B, N·3·D, T] -> [B, N·D, T]."""
-        tokens = qkv.transpose(1, 2)
-        query, key, value = torch.unflatten(tokens, 2, (self.n_heads, 3, -1)).unbind(3)
-        return ops.attention(query, key, value).flatten(2).transpose(1, 2)
+    def forward(self, qkv: Tensor, encoder_kv: Tensor | None = None) -> Tensor:
+        """qkv [B, N·3·D, T] -> [B, N·D, T]; GLIDE's also reads a text's keys and values [B, N·2·D, S]."""
+        query, key, value = self._split(qkv, 3)
+        text_key, text_value = (None, None) if encoder_kv is None else self._split(encoder_kv, 2)
+        attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
+        return attended.flatten(2).transpose(1, 2)
+
+    def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return torch.unflatten(projection.transpose(1, 2), 2, (self.n_heads, parts, -1)).unbind(3)
 
 
 class AttentionPool2d(encoder.AttentionPool):

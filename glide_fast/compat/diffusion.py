@@ -6,9 +6,10 @@ work here too. Every step draws noise for the whole batch, also where it is mult
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from glide_fast.diffusion.process import DenoisedFunction, Prediction
 Model: TypeAlias = Callable[..., Any]
 Conditions: TypeAlias = dict[str, Any] | None
 Outputs: TypeAlias = dict[str, Any]
+Arguments = ParamSpec("Arguments")
 
 TABLES: tuple[schedule.TableName, ...] = (
     "alphas_cumprod",
@@ -47,6 +49,22 @@ TABLES: tuple[schedule.TableName, ...] = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
+
+
+def _pictures_of(
+    progressive: Callable[Concatenate[Any, Arguments], Iterator[Outputs]],
+) -> Callable[Concatenate[Any, Arguments], Tensor]:
+    """The method that goes through all steps of another and returns the last pictures, [B, C, H, W]."""
+
+    @functools.wraps(progressive)
+    def loop(self: Any, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        for out in getattr(self, progressive.__name__)(*args, **kwargs):
+            sample: Tensor = out["sample"]
+        return sample
+
+    loop.__name__ = progressive.__name__.removesuffix("_progressive")
+    loop.__doc__ = f"The pictures after the last step of :meth:`{progressive.__name__}`, [B, C, H, W]."
+    return loop
 
 
 class GaussianDiffusion:
@@ -152,12 +170,9 @@ class GaussianDiffusion:
         self, cond_fn: Model, p_mean_var: Outputs, x: Tensor, t: Tensor, model_kwargs: Conditions = None
     ) -> Outputs:
         """The prediction with its noise pushed along the gradient; "pred_xstart" is not clipped again."""
-        spread = (1 - self.process.schedule.at("alphas_cumprod", t, x)).sqrt()
-        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        eps = eps - spread * cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        pred_xstart = self._predict_xstart_from_eps(x, t, eps)
-        mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
-        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        pushed = self.process.push_along(_as_prediction(p_mean_var), x, t, gradient)
+        return {**p_mean_var, "pred_xstart": pushed.x_start, "mean": pushed.mean}
 
     def p_sample(
         self,
@@ -179,24 +194,6 @@ class GaussianDiffusion:
         spread = _unless_last(t, x) * torch.exp(0.5 * out["log_variance"])
         return {"sample": out["mean"] + spread * noise, "pred_xstart": out["pred_xstart"]}
 
-    def p_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFunction | None = None,
-        cond_fn: Model | None = None,
-        model_kwargs: Conditions = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Pictures [B, C, H, W] of ``shape`` by ancestral sampling, from ``noise`` or a draw."""
-        steps = self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress
-        )
-        return last_sample(steps)
-
     def p_sample_loop_progressive(
         self,
         model: Model,
@@ -210,15 +207,11 @@ class GaussianDiffusion:
         progress: bool = False,
     ) -> Iterator[Outputs]:
         """What :meth:`p_sample` returns, step by step."""
-        step = partial(
-            self.p_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-        )
+        options = _given(denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        step = partial(self.p_sample, model, clip_denoised=clip_denoised, **options)
         return self.steps_down(step, model, shape, noise, device, progress)
+
+    p_sample_loop = _pictures_of(p_sample_loop_progressive)
 
     def ddim_sample(
         self,
@@ -266,25 +259,6 @@ class GaussianDiffusion:
         sample = self.process.ddim_step_to_noise(out["pred_xstart"], eps, t)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFunction | None = None,
-        cond_fn: Model | None = None,
-        model_kwargs: Conditions = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """Pictures [B, C, H, W] of ``shape`` by DDIM, from ``noise`` or a draw."""
-        steps = self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
-        )
-        return last_sample(steps)
-
     def ddim_sample_loop_progressive(
         self,
         model: Model,
@@ -299,16 +273,11 @@ class GaussianDiffusion:
         eta: float = 0.0,
     ) -> Iterator[Outputs]:
         """What :meth:`ddim_sample` returns, step by step."""
-        step = partial(
-            self.ddim_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            eta=eta,
-        )
+        options = _given(denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        step = partial(self.ddim_sample, model, clip_denoised=clip_denoised, eta=eta, **options)
         return self.steps_down(step, model, shape, noise, device, progress)
+
+    ddim_sample_loop = _pictures_of(ddim_sample_loop_progressive)
 
     def steps_down(
         self,
@@ -347,7 +316,7 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool, model_kwargs: Conditions
     ) -> Prediction:
         out = self.p_mean_variance(model, x, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return Prediction(out["mean"], out["variance"], out["log_variance"], out["pred_xstart"])
+        return _as_prediction(out)
 
     def training_losses(
         self,
@@ -402,8 +371,10 @@ def _unless_last(t: Tensor, like: Tensor) -> Tensor:
     return (t != 0).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def last_sample(steps: Iterator[Outputs]) -> Tensor:
-    """The pictures after the last of ``steps``."""
-    for out in steps:
-        sample: Tensor = out["sample"]
-    return sample
+def _as_prediction(out: Outputs) -> Prediction:
+    return Prediction(out["mean"], out["variance"], out["log_variance"], out["pred_xstart"])
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None: a step need not take those that nobody gives."""
+    return {name: value for name, value in options.items() if value is not None}

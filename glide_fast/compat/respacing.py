@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glide_fast.compat.diffusion import Conditions, GaussianDiffusion, Model, Outputs
+from glide_fast.compat.diffusion import GaussianDiffusion, Model, Outputs
 from glide_fast.diffusion import schedule
-from glide_fast.diffusion.process import DenoisedFunction
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -39,42 +38,21 @@ class SpacedDiffusion(GaussianDiffusion):
         spaced = schedule.Schedule.from_betas(betas, self.timestep_map)
         super().__init__(**{**kwargs, "betas": spaced.betas})
 
-    def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFunction | None = None,
-        model_kwargs: Conditions = None,
-    ) -> Outputs:
+    def p_mean_variance(self, model: Model, *args: Any, **kwargs: Any) -> Outputs:
         """As the plain diffusion's, the model seeing original timesteps."""
-        return super().p_mean_variance(
-            self._wrap_model(model), x, t, clip_denoised, denoised_fn, model_kwargs
-        )
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
 
-    def training_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: Tensor,
-        model_kwargs: Conditions = None,
-        noise: Tensor | None = None,
-    ) -> Outputs:
+    def training_losses(self, model: Model, *args: Any, **kwargs: Any) -> Outputs:
         """As the plain diffusion's, the model seeing original timesteps."""
-        return super().training_losses(self._wrap_model(model), x_start, t, model_kwargs, noise)
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
 
-    def condition_mean(
-        self, cond_fn: Model, p_mean_var: Outputs, x: Tensor, t: Tensor, model_kwargs: Conditions = None
-    ) -> Tensor:
+    def condition_mean(self, cond_fn: Model, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain diffusion's, ``cond_fn`` seeing original timesteps."""
-        return super().condition_mean(self._wrap_model(cond_fn), p_mean_var, x, t, model_kwargs)
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
 
-    def condition_score(
-        self, cond_fn: Model, p_mean_var: Outputs, x: Tensor, t: Tensor, model_kwargs: Conditions = None
-    ) -> Outputs:
+    def condition_score(self, cond_fn: Model, *args: Any, **kwargs: Any) -> Outputs:
         """As the plain diffusion's, ``cond_fn`` seeing original timesteps."""
-        return super().condition_score(self._wrap_model(cond_fn), p_mean_var, x, t, model_kwargs)
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         return t  # the wrapped model scales

@@ -16,6 +16,18 @@ from glide_fast.compat.diffusion_options import (
 from glide_fast.compat.respacing import SpacedDiffusion, space_timesteps
 
 NUM_CLASSES = 1000
+UNCHANGED = (  # options that a U-Net's constructor takes as they are
+    "num_res_blocks",
+    "dropout",
+    "use_checkpoint",
+    "use_fp16",
+    "num_heads",
+    "num_head_channels",
+    "num_heads_upsample",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "use_new_attention_order",
+)
 Network = TypeVar("Network")
 Spaced = TypeVar("Spaced", bound=SpacedDiffusion)
 
@@ -97,13 +109,42 @@ def channel_multiples(
     return known[image_size]
 
 
-def model_and_diffusion(
-    create: Callable[..., Network], kind: type[Spaced], options: Mapping[str, Any]
-) -> tuple[Network, Spaced]:
-    """A network by ``create`` and a diffusion of ``kind``, each from the ``options`` that it takes."""
-    model = create(**_taken_by(create, options))
-    described = {**options, "steps": options["diffusion_steps"]}
-    return model, spaced_diffusion(kind, **_taken_by(spaced_diffusion, described))
+def unet_arguments(
+    options: Mapping[str, Any], image_size: int, known: Mapping[int, tuple[float, ...]]
+) -> dict[str, Any]:
+    """A U-Net's constructor arguments, from those options of a script that the project has.
+
+    ``image_size`` is that of its output, and ``known`` the multiples where none are given.
+    """
+    given = {name: options[name] for name in UNCHANGED if name in options}
+    return {
+        "in_channels": 3,
+        "model_channels": options["num_channels"],
+        "out_channels": 6 if options["learn_sigma"] else 3,
+        "attention_resolutions": strides(image_size, options["attention_resolutions"]),
+        "channel_mult": channel_multiples(known, image_size, options.get("channel_mult", "")),
+        "num_classes": NUM_CLASSES if options["class_cond"] else None,
+        **given,
+    }
+
+
+def both(
+    create: Callable[..., Network], create_diffusion: Callable[..., Spaced], names: str
+) -> Callable[..., tuple[Network, Spaced]]:
+    """A function of the options ``names`` that returns a network and its diffusion."""
+    parameter = inspect.Parameter
+    signature = inspect.Signature(
+        [parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in names.split()]
+    )
+
+    def create_both(*args: Any, **kwargs: Any) -> tuple[Network, Spaced]:
+        options = signature.bind(*args, **kwargs).arguments
+        described = {**options, "steps": options["diffusion_steps"]}
+        model = create(**_taken_by(create, options))
+        return model, create_diffusion(**_taken_by(create_diffusion, described))
+
+    create_both.__signature__ = signature  # type: ignore[attr-defined]
+    return create_both
 
 
 def _taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

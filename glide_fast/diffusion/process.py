@@ -173,6 +173,16 @@ class GaussianDiffusion:
         mean = output if self.mean_type == "previous_x" else self.q_posterior(x_start, x, t).mean
         return Prediction(mean, *self._variance(variance_values, x, t), x_start)
 
+    def push_along(self, prediction: Prediction, x: Tensor, t: Tensor, gradient: Tensor) -> Prediction:
+        """The prediction with epsilon - sqrt(1 - alpha_bar) gradient as its noise, x_0 not clipped again.
+
+        `gradient` is that of log p(condition | x_t), [B, C, H, W] (arXiv 2105.05233, algorithm 2).
+        """
+        spread = (1 - self.schedule.at("alphas_cumprod", t, x)).sqrt()
+        epsilon = self.predict_epsilon_from_x_start(x, t, prediction.x_start) - spread * gradient
+        x_start = self.predict_x_start_from_epsilon(x, t, epsilon)
+        return prediction._replace(x_start=x_start, mean=self.q_posterior(x_start, x, t).mean)
+
     def split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output for x [B, C, H, W] in x's dtype: the mean's channels, and the variance's if learned.
 

@@ -141,10 +141,6 @@ class ScoreGuidedDiffusion(GaussianDiffusion):
         clip_denoised: bool = True,
         denoised_fn: DenoisedFunction | None = None,
     ) -> Prediction:
-        """epsilon - sqrt(1 - alpha_bar) gradient, x_0 not clipped again (arXiv 2105.05233, algorithm 2)."""
+        """The plain prediction pushed along the gradient (arXiv 2105.05233, algorithm 2)."""
         plain = super().predict(model_output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
-        spread = (1 - self.schedule.at("alphas_cumprod", t, x)).sqrt()
-        epsilon = self.predict_epsilon_from_x_start(x, t, plain.x_start)
-        epsilon = epsilon - spread * self.gradient(x, self.model_timesteps(t))
-        x_start = self.predict_x_start_from_epsilon(x, t, epsilon)
-        return plain._replace(x_start=x_start, mean=self.q_posterior(x_start, x, t).mean)
+        return self.push_along(plain, x, t, self.gradient(x, self.model_timesteps(t)))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from glide_fast.compat import diffusion
-from glide_fast.compat.diffusion import Conditions, Model, Outputs
+from glide_fast.compat.diffusion import Model, Outputs
 from glide_fast.compat.diffusion_options import (
     LossType,
     ModelMeanType,
@@ -17,7 +17,6 @@ from glide_fast.compat.diffusion_options import (
     betas_for_alpha_bar,
 )
 from glide_fast.diffusion import schedule
-from glide_fast.diffusion.process import DenoisedFunction
 
 __all__ = [
     "GaussianDiffusion",
@@ -63,15 +62,7 @@ class GaussianDiffusion(diffusion.GaussianDiffusion):
             loss_type=LossType.MSE,
         )
 
-    def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFunction | None = None,
-        model_kwargs: Conditions = None,
-    ) -> Outputs:
+    def p_mean_variance(self, model: Model, *args: Any, **kwargs: Any) -> Outputs:
         """As the shared diffusion's; of a model's pair the second is handed through as "extra"."""
         extra = None
 
@@ -82,5 +73,4 @@ class GaussianDiffusion(diffusion.GaussianDiffusion):
                 output, extra = output
             return output  # type: ignore[no-any-return]
 
-        out = super().p_mean_variance(first, x, t, clip_denoised, denoised_fn, model_kwargs)
-        return {**out, "extra": extra}
+        return {**super().p_mean_variance(first, *args, **kwargs), "extra": extra}

@@ -14,7 +14,7 @@ from glide_fast.compat.glide_text2im.text2im_model import (
     Text2ImUNet,
 )
 from glide_fast.compat.glide_text2im.tokenizer.bpe import get_encoder
-from glide_fast.compat.script_options import channel_multiples, strides
+from glide_fast.compat.script_options import both, channel_multiples, strides
 
 __all__ = [
     "create_gaussian_diffusion",
@@ -67,59 +67,6 @@ def model_and_diffusion_defaults_upsampler() -> dict[str, Any]:
     """The options of the published upsampler."""
     changed = {"image_size": 256, "num_res_blocks": 2, "noise_schedule": "linear", "super_res": True}
     return {**model_and_diffusion_defaults(), **changed}
-
-
-def create_model_and_diffusion(
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str,
-    num_heads: int,
-    num_head_channels: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    text_ctx: int,
-    xf_width: int,
-    xf_layers: int,
-    xf_heads: int,
-    xf_final_ln: bool,
-    xf_padding: bool,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_scale_shift_norm: bool,
-    resblock_updown: bool,
-    use_fp16: bool,
-    cache_text_emb: bool,
-    inpaint: bool,
-    super_res: bool,
-) -> tuple[Text2ImUNet, SpacedDiffusion]:
-    """A model with random weights, and its diffusion; the options as in the defaults above."""
-    model = create_model(
-        image_size,
-        num_channels,
-        num_res_blocks,
-        channel_mult,
-        attention_resolutions,
-        num_heads,
-        num_head_channels,
-        num_heads_upsample,
-        use_scale_shift_norm,
-        dropout,
-        text_ctx,
-        xf_width,
-        xf_layers,
-        xf_heads,
-        xf_final_ln,
-        xf_padding,
-        resblock_updown,
-        use_fp16,
-        cache_text_emb,
-        inpaint,
-        super_res,
-    )
-    return model, create_gaussian_diffusion(diffusion_steps, noise_schedule, timestep_respacing)
 
 
 def create_model(
@@ -184,6 +131,16 @@ def create_gaussian_diffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps),
     )
+
+
+create_model_and_diffusion = both(
+    create_model,
+    create_gaussian_diffusion,
+    """image_size num_channels num_res_blocks channel_mult num_heads num_head_channels num_heads_upsample
+    attention_resolutions dropout text_ctx xf_width xf_layers xf_heads xf_final_ln xf_padding
+    diffusion_steps noise_schedule timestep_respacing use_scale_shift_norm resblock_updown use_fp16
+    cache_text_emb inpaint super_res""",
+)
 
 
 def _multiples(image_size: int, channel_mult: str) -> tuple[float, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from glide_fast.compat import networks
 from glide_fast.compat.blocks import Downsample, ResBlock, TimestepBlock, Upsample
+from glide_fast.compat.blocks import QKVAttentionLegacy as QKVAttention
 from glide_fast.models import layers
 from glide_fast.models.conditioning import MaskedImage, masked_channels
-from glide_fast.ops import attention
 
 __all__ = [
     "AttentionBlock",
@@ -67,24 +67,6 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         return x
 
 
-class QKVAttention(nn.Module):
-    """Attention on projections that are interleaved a head, keys and values of a text in front."""
-
-    def __init__(self, n_heads: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-
-    def forward(self, qkv: Tensor, encoder_kv: Tensor | None = None) -> Tensor:
-        """qkv [B, N·3·D, T], encoder_kv [B, N·2·D, S] -> [B, N·D, T]."""
-        query, key, value = self._split(qkv, 3)
-        text_key, text_value = (None, None) if encoder_kv is None else self._split(encoder_kv, 2)
-        attended = attention(query, key, value, text_key=text_key, text_value=text_value)
-        return attended.flatten(2).transpose(1, 2)
-
-    def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return torch.unflatten(projection.transpose(1, 2), 2, (self.n_heads, parts, -1)).unbind(3)
-
-
 class UNetModel(networks.UNetModel):
     """A U-Net on pictures of ``in_channels``; its attention reads ``encoder_channels`` of a subclass's text.
 
@@ -113,27 +95,9 @@ class UNetModel(networks.UNetModel):
         resblock_updown: bool = False,
         encoder_channels: int | None = None,
     ) -> None:
-        self.encoder_channels = encoder_channels
-        super().__init__(
-            4 << len(channel_mult),
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            dims,
-            num_classes,
-            use_checkpoint,
-            use_fp16,
-            num_heads,
-            num_head_channels,
-            num_heads_upsample,
-            use_scale_shift_norm,
-            resblock_updown,
-        )
+        arguments = networks.own_arguments(locals())
+        self.encoder_channels = arguments.pop("encoder_channels")
+        super().__init__(4 << len(channel_mult), **arguments)
 
     @property
     def text_channels(self) -> int | None:

@@ -12,11 +12,12 @@ from glide_fast.compat.script_options import (
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
+    both,
     channel_multiples,
-    model_and_diffusion,
     spaced_diffusion,
     str2bool,
     strides,
+    unet_arguments,
 )
 from glide_fast.models.encoder import Pool
 
@@ -116,35 +117,6 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in wanted}
 
 
-def create_model_and_diffusion(
-    image_size: int,
-    class_cond: bool,
-    learn_sigma: bool,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str,
-    num_heads: int,
-    num_head_channels: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_kl: bool,
-    predict_xstart: bool,
-    rescale_timesteps: bool,
-    rescale_learned_sigmas: bool,
-    use_checkpoint: bool,
-    use_scale_shift_norm: bool,
-    resblock_updown: bool,
-    use_fp16: bool,
-    use_new_attention_order: bool,
-) -> tuple[UNetModel, SpacedDiffusion]:
-    """A U-Net and its diffusion."""
-    return model_and_diffusion(create_model, SpacedDiffusion, locals())
-
-
 def create_model(
     image_size: int,
     num_channels: int,
@@ -164,47 +136,7 @@ def create_model(
     use_new_attention_order: bool = False,
 ) -> UNetModel:
     """A U-Net; ``attention_resolutions`` are map sizes, ``channel_mult`` whole numbers or ""."""
-    return UNetModel(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=strides(image_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=channel_multiples(CHANNEL_MULTIPLES, image_size, channel_mult),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
-
-
-def create_classifier_and_diffusion(
-    image_size: int,
-    classifier_use_fp16: bool,
-    classifier_width: int,
-    classifier_depth: int,
-    classifier_attention_resolutions: str,
-    classifier_use_scale_shift_norm: bool,
-    classifier_resblock_updown: bool,
-    classifier_pool: Pool,
-    learn_sigma: bool,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_kl: bool,
-    predict_xstart: bool,
-    rescale_timesteps: bool,
-    rescale_learned_sigmas: bool,
-) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    """A classifier and the diffusion whose pictures it reads."""
-    return model_and_diffusion(create_classifier, SpacedDiffusion, locals())
+    return UNetModel(image_size=image_size, **unet_arguments(locals(), image_size, CHANNEL_MULTIPLES))
 
 
 def create_classifier(
@@ -234,34 +166,6 @@ def create_classifier(
     )
 
 
-def sr_create_model_and_diffusion(
-    large_size: int,
-    small_size: int,
-    class_cond: bool,
-    learn_sigma: bool,
-    num_channels: int,
-    num_res_blocks: int,
-    num_heads: int,
-    num_head_channels: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_kl: bool,
-    predict_xstart: bool,
-    rescale_timesteps: bool,
-    rescale_learned_sigmas: bool,
-    use_checkpoint: bool,
-    use_scale_shift_norm: bool,
-    resblock_updown: bool,
-    use_fp16: bool,
-) -> tuple[SuperResModel, SpacedDiffusion]:
-    """A super-resolution U-Net and its diffusion."""
-    return model_and_diffusion(sr_create_model, SpacedDiffusion, locals())
-
-
 def sr_create_model(
     large_size: int,
     small_size: int,
@@ -281,21 +185,30 @@ def sr_create_model(
 ) -> SuperResModel:
     """A U-Net that enlarges pictures of any smaller size to ``large_size``."""
     del small_size
-    return SuperResModel(
-        image_size=large_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=strides(large_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=channel_multiples(UPSAMPLER_MULTIPLES, large_size),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
-    )
+    return SuperResModel(image_size=large_size, **unet_arguments(locals(), large_size, UPSAMPLER_MULTIPLES))
+
+
+create_model_and_diffusion = both(
+    create_model,
+    create_gaussian_diffusion,
+    """image_size class_cond learn_sigma num_channels num_res_blocks channel_mult num_heads
+    num_head_channels num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule
+    timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint
+    use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order""",
+)
+create_classifier_and_diffusion = both(
+    create_classifier,
+    create_gaussian_diffusion,
+    """image_size classifier_use_fp16 classifier_width classifier_depth classifier_attention_resolutions
+    classifier_use_scale_shift_norm classifier_resblock_updown classifier_pool learn_sigma
+    diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps
+    rescale_learned_sigmas""",
+)
+sr_create_model_and_diffusion = both(
+    sr_create_model,
+    create_gaussian_diffusion,
+    """large_size small_size class_cond learn_sigma num_channels num_res_blocks num_heads num_head_channels
+    num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule timestep_respacing
+    use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint use_scale_shift_norm
+    resblock_updown use_fp16""",
+)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
+from functools import partial
 
 from glide_fast.compat import image_folders
 from glide_fast.compat.image_folders import _list_image_files_recursively
@@ -13,23 +11,7 @@ from glide_fast.compat.image_folders import _list_image_files_recursively
 __all__ = ["ImageDataset", "_list_image_files_recursively", "load_data"]
 
 
-def load_data(
-    *,
-    data_dir: str | os.PathLike[str],
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Endless batches: pictures [B, 3, H, W] in [-1, 1], and {"y": classes [B]} with ``class_cond``."""
-    return image_folders.load_data(
-        data_dir=data_dir,
-        batch_size=batch_size,
-        image_size=image_size,
-        class_cond=class_cond,
-        deterministic=deterministic,
-        random_flip=False,
-    )
+load_data = partial(image_folders.load_data, random_flip=False)
 
 
 class ImageDataset(image_folders.ImageDataset):

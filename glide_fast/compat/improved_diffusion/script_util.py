@@ -12,11 +12,10 @@ from glide_fast.compat.script_options import (
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
-    channel_multiples,
-    model_and_diffusion,
+    both,
     spaced_diffusion,
     str2bool,
-    strides,
+    unet_arguments,
 )
 
 __all__ = [
@@ -75,31 +74,6 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in wanted}
 
 
-def create_model_and_diffusion(
-    image_size: int,
-    class_cond: bool,
-    learn_sigma: bool,
-    sigma_small: bool,
-    num_channels: int,
-    num_res_blocks: int,
-    num_heads: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_kl: bool,
-    predict_xstart: bool,
-    rescale_timesteps: bool,
-    rescale_learned_sigmas: bool,
-    use_checkpoint: bool,
-    use_scale_shift_norm: bool,
-) -> tuple[UNetModel, SpacedDiffusion]:
-    """A U-Net and its diffusion."""
-    return model_and_diffusion(create_model, SpacedDiffusion, locals())
-
-
 def create_model(
     image_size: int,
     num_channels: int,
@@ -114,45 +88,7 @@ def create_model(
     dropout: float,
 ) -> UNetModel:
     """A U-Net for pictures of 32, 64 or 256 pixels; ``attention_resolutions`` are map sizes."""
-    return UNetModel(
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=strides(image_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=channel_multiples(CHANNEL_MULTIPLES, image_size),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-    )
-
-
-def sr_create_model_and_diffusion(
-    large_size: int,
-    small_size: int,
-    class_cond: bool,
-    learn_sigma: bool,
-    num_channels: int,
-    num_res_blocks: int,
-    num_heads: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    diffusion_steps: int,
-    noise_schedule: str,
-    timestep_respacing: str,
-    use_kl: bool,
-    predict_xstart: bool,
-    rescale_timesteps: bool,
-    rescale_learned_sigmas: bool,
-    use_checkpoint: bool,
-    use_scale_shift_norm: bool,
-) -> tuple[SuperResModel, SpacedDiffusion]:
-    """A super-resolution U-Net and its diffusion."""
-    return model_and_diffusion(sr_create_model, SpacedDiffusion, locals())
+    return UNetModel(**unet_arguments(locals(), image_size, CHANNEL_MULTIPLES))
 
 
 def sr_create_model(
@@ -171,17 +107,20 @@ def sr_create_model(
 ) -> SuperResModel:
     """A U-Net that enlarges pictures of any smaller size to ``large_size``, 64 or 256."""
     del small_size
-    return SuperResModel(
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=strides(large_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=channel_multiples(UPSAMPLER_MULTIPLES, large_size),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-    )
+    return SuperResModel(**unet_arguments(locals(), large_size, UPSAMPLER_MULTIPLES))
+
+
+create_model_and_diffusion = both(
+    create_model,
+    create_gaussian_diffusion,
+    """image_size class_cond learn_sigma sigma_small num_channels num_res_blocks num_heads
+    num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule timestep_respacing
+    use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint use_scale_shift_norm""",
+)
+sr_create_model_and_diffusion = both(
+    sr_create_model,
+    create_gaussian_diffusion,
+    """large_size small_size class_cond learn_sigma num_channels num_res_blocks num_heads
+    num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule timestep_respacing
+    use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint use_scale_shift_norm""",
+)

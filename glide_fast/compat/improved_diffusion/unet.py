@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glide_fast.compat import blocks, networks
-from glide_fast.compat.blocks import Dims, Downsample, TimestepBlock, TimestepEmbedSequential, Upsample
+from glide_fast.compat.blocks import Downsample, ResBlock, TimestepBlock, TimestepEmbedSequential, Upsample
 from glide_fast.compat.networks import SuperRes
 
 __all__ = [
@@ -24,32 +24,6 @@ __all__ = [
     "UNetModel",
     "Upsample",
 ]
-
-
-class ResBlock(blocks.ResBlock):
-    """Two GroupNorm-SiLU-convolution layers around the embedding."""
-
-    def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        use_conv: bool = False,
-        use_scale_shift_norm: bool = False,
-        dims: Dims = 2,
-        use_checkpoint: bool = False,
-    ) -> None:
-        super().__init__(
-            channels,
-            emb_channels,
-            dropout,
-            out_channels,
-            use_conv,
-            use_scale_shift_norm,
-            dims,
-            use_checkpoint,
-        )
 
 
 class AttentionBlock(blocks.AttentionBlock):

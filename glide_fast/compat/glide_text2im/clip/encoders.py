@@ -5,6 +5,8 @@ They are those of :mod:`glide_fast.models.noisy_clip`; pictures come in levels f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ def default_device() -> torch.device:
     return torch.device("cuda") if current.type == "cpu" and torch.cuda.is_available() else current
 
 
-def _config(n_embd: int, **fields: int) -> NoisyCLIPConfig:
+def _config(n_embd: int, **fields: Any) -> NoisyCLIPConfig:
     """A config of one tower; what describes the other is the smallest there is."""
-    smallest = {"image_size": 1, "patch_size": 1}
+    smallest: dict[str, Any] = {"image_size": 1, "patch_size": 1}
     for tower in ("image", "text"):
         smallest |= {f"{tower}_heads": 1, f"{tower}_head_channels": 1, f"{tower}_layers": 1}
     return NoisyCLIPConfig(embedding=n_embd, **(smallest | fields))
