@@ -33,6 +33,7 @@ from glide_fast.files import replacing, sha256_of
 from glide_fast.models import PRESETS, MaskedImage, ModelConfig, convert
 from glide_fast.models.catalogue import catalogue
 from glide_fast.models.checkpoint import files_of
+from glide_fast.models.clip import CLIPConfig
 from glide_fast.models.presets import published
 from glide_fast.sampling.pipeline import EMBEDDED, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
@@ -208,14 +209,14 @@ class Train:
 
     def run(self) -> None:
         config = load_toml(TrainConfig, self.config)
-        if (self.out / "checkpoint.pt").exists():
+        if any(self.out.glob("checkpoint*")):
             print(f"going on with the run in {self.out}")
         train(config, self.out, self.initial)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what training a diffusion model takes before it is tried: memory a GPU, FLOPs, speed, days."""
+    """Say what training a model takes before it is tried: memory a GPU, FLOPs, speed, days."""
 
     model: Annotated[Positional[str], arg(metavar="PRESET|RECIPE.toml")]
     """A preset, such as glide-3.5b-base, or a recipe, such as configs/emoji_base.toml."""
@@ -240,10 +241,10 @@ class Plan:
 
     def run(self) -> None:
         recipe = load_toml(TrainConfig, Path(self.model)) if self.model.endswith(".toml") else None
-        model = published(self.model).config if recipe is None else recipe.model
-        if not isinstance(model, ModelConfig):
-            known = [name for name, config in PRESETS.items() if isinstance(config, ModelConfig)]
-            raise ValueError(f"preset {self.model!r} is no diffusion model; choose one of {', '.join(known)}")
+        model = published(self.model).config if recipe is None else recipe.network
+        if isinstance(model, CLIPConfig):
+            known = [name for name, config in PRESETS.items() if not isinstance(config, CLIPConfig)]
+            raise ValueError(f"no task trains preset {self.model!r}; choose one of {', '.join(known)}")
         defaults: dict[str, Any] = {"batch": 32 * self.gpus, "accumulate": 1, "dtype": "bfloat16"}
         if recipe is not None:
             defaults = {name: getattr(recipe, name) for name in ("batch", "accumulate")}

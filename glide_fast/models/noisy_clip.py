@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glide_fast.models.transformer import self_attention
 
@@ -20,7 +21,10 @@ PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyCLIPConfig:
-    """Both towers; a head has ``*_head_channels`` channels, a timestep is one of ``timesteps`` (0: none)."""
+    """Both towers; a head has ``*_head_channels`` channels, a timestep is one of ``timesteps`` (0: none).
+
+    ``tokenizer`` is one that :func:`glide_fast.text.framing.framed` knows.
+    """
 
     embedding: int
     image_size: int
@@ -35,6 +39,7 @@ class NoisyCLIPConfig:
     vocabulary: int = 65536
     timesteps: int = 1000
     logit_scale: float = 100.0
+    tokenizer: str = "clip"
 
 
 class Projection(nn.Module):
@@ -170,7 +175,12 @@ class TextInput(nn.Module):
 
 
 class Tower(nn.Module):
-    """``blocks``: input, block_0 …, output; subclasses choose the token that speaks."""
+    """``blocks``: input, block_0 …, output; subclasses choose the token that speaks.
+
+    With ``recompute`` the blocks' activations are not kept for the backward pass but computed again in it.
+    """
+
+    recompute = False
 
     def __init__(self, first: nn.Module, width: int, heads: int, layers: int, embedding: int) -> None:
         super().__init__()
@@ -181,8 +191,10 @@ class Tower(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         """All the blocks between input and output."""
+        again = self.recompute and torch.is_grad_enabled()
         for name in self.layers:
-            x = self.blocks[name](x)
+            block = self.blocks[name]
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
 
 

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glide_fast.models.configs import ModelConfig
+from glide_fast.models.configs import Config, ModelConfig
+from glide_fast.models.encoder import EncoderConfig
+from glide_fast.models.noisy_clip import NoisyCLIPConfig
+
+TaskName = Literal["base", "upsampler", "inpaint", "inpaint_upsampler", "adm", "classifier", "clip"]
+SECTIONS: dict[TaskName, str] = {"classifier": "classifier", "clip": "clip"}  # the others': "model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """``source``: "emoji" or a folder of captioned pictures; ``hold_out`` keeps emoji's test set unseen."""
+    """``source``: "emoji" or a folder of captioned pictures; ``hold_out`` keeps emoji's test set unseen.
+
+    ``flip`` mirrors half of the pictures, for data whose captions know no left and right.
+    """
 
     source: str = "emoji"
     hold_out: bool = True
+    flip: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowResConfig:
-    """How the upsampler's condition is degraded, so that it forgives a base model's faults.
+    """The upsampler's condition: smaller by ``factor``, and degraded to forgive a base model's faults.
 
     A Gaussian blur of up to ``blur`` pixels and noise of up to ``noise`` (in [-1, 1] units), drawn anew for
     every picture (Cascaded Diffusion, arXiv 2106.15282, section 4.2).
     """
 
+    factor: int = 2
     blur: float = 0.6
     noise: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How the pictures are noised that a classifier or a CLIP reads: as those of the model it will guide."""
+
+    schedule: str = "cosine"
+    steps: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +62,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """The pictures a run draws from its EMA weights, always with the same prompts and seeds."""
+    """The pictures a run draws from its EMA weights, always with the same prompts and seeds.
+
+    A model without text draws ``count`` pictures of its classes in turn instead.
+    """
 
     prompts: tuple[str, ...] = ()
+    count: int = 0
     every: int = 1000
     steps: int = 25
     guidance: float = 3.0
@@ -53,10 +76,21 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. ``batch`` pictures an optimiser step, taken in ``accumulate`` equal parts."""
+    """One run. ``batch`` pictures an optimiser step, taken in ``accumulate`` equal parts.
 
-    task: Literal["base", "upsampler"]
-    model: ModelConfig
+    The task says which of ``model``, ``classifier`` and ``clip`` is given: diffusion models are ``model``,
+    the two others read pictures with the ``noise`` of a diffusion model. ``caption_drop`` is the share of
+    captions that a diffusion model with text does not see.
+
+    Of several processes each has all weights ("ddp") or a share of them ("fsdp"); with
+    ``checkpoint_activations`` blocks compute theirs again in the backward pass.
+    """
+
+    task: TaskName
+    model: ModelConfig | None = None
+    classifier: EncoderConfig | None = None
+    clip: NoisyCLIPConfig | None = None
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     low_res: LowResConfig = field(default_factory=LowResConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -68,39 +102,114 @@ class TrainConfig:
     timesteps: Literal["uniform", "noisy", "loss_second_moment"] = "uniform"
     weighting: Literal["simple", "v"] = "simple"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_activations: bool = False
     seed: int = 0
     save_every: int = 250
 
     def __post_init__(self) -> None:
-        problems = [message for holds, message in self._rules() if not holds]
+        problems = [message for holds, message in (*self._rules(), *self._network_rules()) if not holds]
         if problems:
             raise ValueError("; ".join(problems))
 
-    def _rules(self) -> list[tuple[bool, str]]:
-        low_res = self.model.unet.low_res
-        return [
-            (self.batch >= 1, f"batch {self.batch} must be at least 1"),
-            (
-                self.accumulate >= 1 and self.batch % self.accumulate == 0,
-                f"batch {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts; "
-                "use a divisor",
-            ),
-            (0 <= self.caption_drop < 1, f"caption_drop {self.caption_drop} must be in [0, 1)"),
-            (0 <= self.optimizer.ema < 1, f"optimizer.ema {self.optimizer.ema} must be in [0, 1)"),
-            (self.steps >= 1, f"steps {self.steps} must be at least 1"),
-            (self.save_every >= 1, f"save_every {self.save_every} must be at least 1"),
-            (self.samples.every >= 1, f"samples.every {self.samples.every} must be at least 1"),
-            (
-                not self.samples.prompts or 2 <= self.samples.steps <= self.model.steps,
-                f"samples.steps {self.samples.steps} must lie in 2 .. model.steps = {self.model.steps}",
-            ),
-            (
-                self.model.unet.text is not None,
-                f"task {self.task!r} needs a model with text; add [model.unet.text]",
-            ),
-            (
-                low_res == (self.task == "upsampler"),
-                f"task {self.task!r} and model.unet.low_res = {low_res} do not fit; "
-                "an upsampler is low_res, a base model is not",
-            ),
-        ]
+    @property
+    def section(self) -> str:
+        """The field that describes the network: "model", "classifier" or "clip"."""
+        return SECTIONS.get(self.task, "model")
+
+    @property
+    def network(self) -> Config:
+        """The config of the network that is trained."""
+        network: Config = getattr(self, self.section)
+        return network
+
+    @property
+    def diffusion_model(self) -> ModelConfig:
+        """``model``, for tasks that have one.
+
+        Raises:
+            ValueError: the task has none.
+        """
+        if self.model is None:
+            raise ValueError(f"task {self.task!r} trains no diffusion model")
+        return self.model
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the training pictures."""
+        network = self.network
+        if isinstance(network, ModelConfig):
+            return network.unet.image_size
+        return network.trunk.image_size if isinstance(network, EncoderConfig) else network.image_size
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        samples = self.samples
+        yield self.batch >= 1, f"batch {self.batch} must be at least 1"
+        yield (
+            self.accumulate >= 1 and self.batch % self.accumulate == 0,
+            f"batch {self.batch} cannot be taken in accumulate = {self.accumulate} parts; use a divisor",
+        )
+        yield 0 <= self.caption_drop < 1, f"caption_drop {self.caption_drop} must be in [0, 1)"
+        yield 0 <= self.optimizer.ema < 1, f"optimizer.ema {self.optimizer.ema} must be in [0, 1)"
+        yield self.steps >= 1, f"steps {self.steps} must be at least 1"
+        yield self.save_every >= 1, f"save_every {self.save_every} must be at least 1"
+        yield samples.every >= 1, f"samples.every {samples.every} must be at least 1"
+        yield samples.count >= 0, f"samples.count {samples.count} must be at least 0"
+
+    def _network_rules(self) -> Iterator[tuple[bool, str]]:
+        for section in ("model", "classifier", "clip"):
+            wanted, given = section == self.section, getattr(self, section) is not None
+            change = f"add [{section}]" if wanted else f"leave [{section}] out"
+            yield wanted == given, f"task {self.task!r} trains what [{self.section}] describes; {change}"
+        if self.section == "model" and self.model is not None:
+            yield from self._diffusion_rules(self.model)
+        elif self.section != "model":
+            yield (
+                not self.samples.prompts and not self.samples.count,
+                f"task {self.task!r} draws no pictures; leave samples.prompts and samples.count out",
+            )
+        yield (
+            self.task != "clip" or self.accumulate == 1,
+            f"accumulate {self.accumulate} must be 1 for task 'clip', which compares all pictures of a batch "
+            "with all captions; use a smaller batch or more processes",
+        )
+
+    def _diffusion_rules(self, model: ModelConfig) -> Iterator[tuple[bool, str]]:
+        unet, samples, task = model.unet, self.samples, self.task
+        drawn = "prompts" if unet.text is not None else "count"
+        yield (
+            not getattr(samples, drawn) or 2 <= samples.steps <= model.steps,
+            f"samples.steps {samples.steps} must lie in 2 .. model.steps = {model.steps}",
+        )
+        yield (
+            not samples.count or unet.text is None,
+            f"samples.count {samples.count} is for models without text; use samples.prompts",
+        )
+        yield (
+            not samples.prompts or unet.text is not None,
+            "samples.prompts are for models with text; use samples.count",
+        )
+        needs_text = task in ("base", "inpaint")
+        yield (
+            unet.text is not None or not needs_text,
+            f"task {task!r} needs a model with text; add [model.unet.text]",
+        )
+        yield (
+            unet.text is None or task != "adm",
+            "task 'adm' is for models without text; use task 'base', or leave [model.unet.text] out",
+        )
+        yield (
+            unet.low_res == task.endswith("upsampler"),
+            f"task {task!r} and model.unet.low_res = {unet.low_res} do not fit; "
+            "an upsampler is low_res, a base model is not",
+        )
+        yield (
+            self.low_res.factor >= 2 and unet.image_size % self.low_res.factor == 0,
+            f"low_res.factor {self.low_res.factor} must be a divisor of model.unet.image_size "
+            f"{unet.image_size}, at least 2",
+        )
+        yield (
+            unet.inpaint == task.startswith("inpaint"),
+            f"task {task!r} and model.unet.inpaint = {unet.inpaint} do not fit; "
+            "tasks 'inpaint' and 'inpaint_upsampler' train models that see a part of the picture",
+        )

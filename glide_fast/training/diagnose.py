@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glide_fast.training.distributed import own
+
 
 class NonFiniteLossError(RuntimeError):
     """Training stopped because the loss is not finite; the message says where it began."""
@@ -27,7 +29,9 @@ def explain_non_finite(model: nn.Module, evaluate: Callable[[], Tensor], step: i
     finally:
         for hook in hooks:
             hook.remove()
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    broken = [
+        name for name, parameter in model.named_parameters() if not torch.isfinite(own(parameter)).all()
+    ]
     where = (
         f"the first module with a non-finite output is {first[0]}"
         if first

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glide_fast.training.distributed import whole
+
 
 class ExponentialMovingAverage:
     """Float32 average of the parameters, by name.
@@ -26,6 +28,10 @@ class ExponentialMovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by parameter name."""
         return self.average
+
+    def whole(self) -> dict[str, Tensor]:
+        """The averaged weights, gathered where they are sharded; every process must ask for them."""
+        return {name: whole(tensor) for name, tensor in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from averaged weights."""

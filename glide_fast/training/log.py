@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from glide_fast.files import replacing
+
+NO_LOSSES = ("step", "grad_norm", "images_per_second")
 
 
 class RunLog:
@@ -50,7 +53,7 @@ def require_matplotlib() -> None:
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw mse and vlb over the steps as PNG; needs matplotlib."""
+    """Draw the losses over the steps as PNG; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,8 +61,8 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [record["step"] for record in records]
-    for name in ("mse", "vlb"):
-        axes.plot(steps, [record[name] for record in records], label=name, linewidth=0.8)
+    for name in [name for name in records[-1] if name not in NO_LOSSES]:
+        axes.plot(steps, [record.get(name, math.nan) for record in records], label=name, linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()

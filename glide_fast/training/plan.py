@@ -14,10 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from glide_fast.models import ModelConfig
-from glide_fast.models.configs import describe
-from glide_fast.models.transformer import TransformerBlock
-from glide_fast.models.trunk import Stage
+from glide_fast.models.configs import Config, describe
+from glide_fast.training.distributed import BLOCKS
 from glide_fast.training.hardware import GPUS, Gpu
 from glide_fast.training.trace import Trace, trace
 
@@ -178,7 +176,7 @@ class Plan:
         ]
 
 
-def plan(name: str, model: ModelConfig, setup: Setup) -> Plan:
+def plan(name: str, model: Config, setup: Setup) -> Plan:
     """Trace a training step of ``model``, and say what a run on ``setup`` takes; ``name`` is for the reader.
 
     Takes seconds, whatever the size: no tensor of the model is ever allocated.
@@ -214,7 +212,7 @@ def memory_of(network: nn.Module, step: Trace, setup: Setup) -> Memory:
     )
 
 
-def _trace(model: ModelConfig, setup: Setup, pictures: int | None = None) -> Trace:
+def _trace(model: Config, setup: Setup, pictures: int | None = None) -> Trace:
     return trace(
         model,
         setup.at_a_time if pictures is None else pictures,
@@ -228,13 +226,13 @@ def _gathered(network: nn.Module) -> float:
     blocks = [
         sum(parameter.numel() for parameter in module.parameters())
         for module in network.modules()
-        if isinstance(module, Stage | TransformerBlock)
+        if isinstance(module, BLOCKS)
     ]
     rest = sum(parameter.numel() for parameter in network.parameters()) - sum(blocks)
     return float((rest + sum(sorted(blocks)[-2:])) * 2 * FLOAT32)
 
 
-def _remedies(model: ModelConfig, network: nn.Module, setup: Setup) -> Iterator[str]:
+def _remedies(model: Config, network: nn.Module, setup: Setup) -> Iterator[str]:
     """The options that make a plan fit, from the least change to the greatest."""
     shardings = dict.fromkeys([setup.sharding, "fsdp"] if setup.gpus > 1 else [setup.sharding])
     traces: dict[tuple[bool, int], Trace] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +20,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from glide_fast.diffusion import GaussianDiffusion, Schedule, hybrid_loss, simple_loss
-from glide_fast.models import ModelConfig, UNet, UNetConfig
+from glide_fast.models import ModelConfig, UNet
+from glide_fast.models.configs import Config
+from glide_fast.models.encoder import EncoderConfig, EncoderUNet
 from glide_fast.models.layers import ResBlock
+from glide_fast.models.noisy_clip import NoisyCLIPConfig, Tower
 from glide_fast.models.trunk import Stage
 from glide_fast.ops import flops as _formulas  # noqa: F401 (they count our ops)
+from glide_fast.training.tasks.clip import LearningCLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class Trace:
 
 
 def trace(
-    config: ModelConfig,
+    config: Config,
     batch: int,
     *,
     dtype: torch.dtype,
@@ -64,7 +69,7 @@ def trace(
         recompute: whether the blocks' activations are computed again in the backward pass.
         device: "meta" allocates nothing; on another the same pass is computed in earnest.
     """
-    model = training_model(config.unet, dtype, recompute=recompute, device=device)
+    model = training_model(config, dtype, recompute=recompute, device=device)
     meter = Meter(model.parameters())
     saved = _Saved(model.parameters())
     for parameter in model.parameters():
@@ -85,22 +90,51 @@ def trace(
     )
 
 
-def training_model(unet: UNetConfig, dtype: torch.dtype, *, recompute: bool, device: str) -> UNet:
-    """The U-Net as the trainer has it, and dropout as a GPU does it, which keeps one byte an element."""
+def training_model(config: Config, dtype: torch.dtype, *, recompute: bool, device: str) -> nn.Module:
+    """The network as the trainer has it, and dropout as a GPU does it, which keeps one byte an element."""
     with torch.device(device):
-        model = UNet(unet, compute_dtype=dtype)
-    if unet.dims == 2:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+        model = _network(config, dtype)
     for module in model.modules():
-        if isinstance(module, Stage):
+        if isinstance(module, Stage | Tower):
             module.recompute = recompute
         if isinstance(module, ResBlock):
-            module.out_layers["2"] = _GpuDropout(unet.dropout)
+            module.out_layers["2"] = _GpuDropout(float(module.out_layers["2"].p))  # type: ignore[arg-type]  # nn.Dropout
     return model.train()
 
 
-def _loss(model: UNet, config: ModelConfig, batch: int, device: str) -> Tensor:
+def _network(config: Config, dtype: torch.dtype) -> nn.Module:
+    if isinstance(config, NoisyCLIPConfig):
+        return LearningCLIP(config, dtype)
+    if isinstance(config, EncoderConfig):
+        model: UNet | EncoderUNet = EncoderUNet(config, compute_dtype=dtype)
+    elif isinstance(config, ModelConfig):
+        model = UNet(config.unet, compute_dtype=dtype)
+    else:
+        raise ValueError(f"training a {type(config).__name__} is not planned: no task trains one")
+    if model.config.dims == 2:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    return model
+
+
+def _loss(model: nn.Module, config: Config, batch: int, device: str) -> Tensor:
     """The trainer's loss for ``batch`` pictures of noise."""
+    if isinstance(config, ModelConfig):
+        return _diffusion_loss(model, config, batch, device)
+    with torch.device(device):
+        t, own = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+        if isinstance(config, EncoderConfig):
+            sides = [config.trunk.image_size] * config.trunk.dims
+            return F.cross_entropy(model(torch.zeros(batch, config.trunk.image_channels, *sides), t), own * 0)
+        if not isinstance(config, NoisyCLIPConfig):
+            raise ValueError(f"training a {type(config).__name__} is not planned: no task trains one")
+        x = torch.zeros(batch, 3, config.image_size, config.image_size)
+        tokens = torch.zeros(batch, config.context, dtype=torch.int64)
+        pictures, texts, scale = model(x, t, tokens, t + 1)
+    similar = scale * pictures @ texts.T
+    return F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)
+
+
+def _diffusion_loss(model: nn.Module, config: ModelConfig, batch: int, device: str) -> Tensor:
     unet = config.unet
     diffusion = GaussianDiffusion(
         schedule=Schedule.create(config.schedule, config.steps, ""),

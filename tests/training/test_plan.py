@@ -317,7 +317,7 @@ def test_mistakes_in_the_command_are_explained(
     def message(*arguments: object) -> str:
         return fail(monkeypatch, capsys, "plan", *arguments)
 
-    assert "preset 'glide-clip' is no diffusion model; choose one of glide-base, " in message("glide-clip")
+    assert "no task trains preset 'clip-rn50'; choose one of glide-base, " in message("clip-rn50")
     assert "unknown model 'glide-bse'" in message("glide-bse")
     assert "unknown GPU 'V100'; known: " in message("glide-base", "--gpu", "V100")
     assert "the nearest that is: 96" in message("glide-base", "--gpus", 8, "--batch", 100)

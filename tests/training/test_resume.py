@@ -121,7 +121,7 @@ def test_a_second_signal_ends_the_run_at_once(pictures: Path, tmp_path: Path) ->
     trainer.step = step_with_signals  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    assert not trainer.checkpoint.exists()
+    assert trainer.state.saved(tmp_path) is None
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.models import ModelConfig
 from glide_fast.training.config import OptimizerConfig
 from glide_fast.training.diagnose import NonFiniteLossError
+from glide_fast.training.draws import Draws
 from glide_fast.training.ema import ExponentialMovingAverage
-from glide_fast.training.loop import Trainer, learning_rate, rows_of_step
-from glide_fast.training.tasks import Batch, Rows
+from glide_fast.training.loop import Trainer, learning_rate
+from glide_fast.training.sources import rows_of_step
+from glide_fast.training.tasks import Batch
 from tests.training.tiny import CAPTIONS, assert_identical, snapshot, tiny_config, tiny_unet
 
 
@@ -64,7 +67,7 @@ def test_the_gradient_is_weighted_by_the_timestep_sampler(pictures: Path, tmp_pa
         terms = take_loss(batch, given_t, noise)
         seen["t"] = given_t
         parameters = list(trainer.model.parameters())
-        expected = (terms.loss * weights).mean()
+        expected = (terms["loss"] * weights).mean()
         seen["norm"] = torch.stack(
             [each.norm() for each in torch.autograd.grad(expected, parameters, retain_graph=True)]
         ).norm()
@@ -90,7 +93,7 @@ def test_the_simple_loss_is_weighted_as_configured(pictures: Path, tmp_path: Pat
     record = trainer.step()
     t, noise = seen
     squares = noise.double().square().flatten(1).mean(1)  # a fresh network predicts zero
-    kept = torch.as_tensor(trainer.diffusion.schedule.alphas_cumprod)[t].double()
+    kept = torch.as_tensor(trainer.task.diffusion.schedule.alphas_cumprod)[t].double()
     weights = (1 / kept).clamp(max=20.0) if weighting == "v" else torch.ones(8)
     assert record["mse"] == pytest.approx(float((squares * weights).mean()), rel=1e-5)
 
@@ -146,8 +149,8 @@ def test_a_poisoned_picture_is_told_from_a_poisoned_parameter(pictures: Path, tm
     trainer.save()
     make_batch = trainer.task.batch
 
-    def poisoned(rows: Rows, generator: torch.Generator) -> Batch:
-        batch = make_batch(rows, generator)
+    def poisoned(chosen: CaptionedPictures, draws: Draws) -> Batch:
+        batch = make_batch(chosen, draws)
         batch.x_start[1, 0, 0, 0] = math.nan
         return batch
 

@@ -1,4 +1,4 @@
-"""Training configs: every wrong field is named before any work starts; the recipes that ship are right."""
+"""Training configs: every wrong field is named before any work starts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from glide_fast.config import from_dict, load_toml
-from glide_fast.data.emoji_captions import held_out_captions, list_emoji
-from glide_fast.diffusion import Schedule
-from glide_fast.models import UNet
-from glide_fast.text.tokenizer import get_tokenizer
+from glide_fast.config import from_dict
 from glide_fast.training.config import SampleConfig, TrainConfig
 from tests.training.tiny import tiny_config
-
-RECIPES = Path(__file__).parents[2] / "configs"
-PARAMETERS = {"emoji_base": 9_380_614, "emoji_upsampler": 1_757_734}
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
@@ -52,7 +44,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     ("changes", "message"),
     [
         ({"batch": 0}, "batch 0 must be at least 1"),
-        ({"batch": 6, "accumulate": 4}, "batch 6 cannot be taken in accumulate = 4 equal parts"),
+        ({"batch": 6, "accumulate": 4}, "batch 6 cannot be taken in accumulate = 4 parts"),
         ({"accumulate": 0}, "accumulate = 0"),
         ({"caption_drop": 1.0}, r"caption_drop 1\.0 must be in \[0, 1\)"),
         ({"steps": 0}, "steps 0 must be at least 1"),
@@ -88,29 +80,3 @@ def test_a_model_without_text_is_refused() -> None:
     values["model"]["unet"] |= {"res_blocks": 1, "attention_strides": []}  # type: ignore[index]
     with pytest.raises(ValueError, match=r"needs a model with text; add \[model\.unet\.text\]"):
         from_dict(TrainConfig, values, "a.toml")
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_recipe_describes_a_model_of_the_documented_size(name: str) -> None:
-    config = load_toml(TrainConfig, RECIPES / f"{name}.toml")
-    with torch.device("meta"):
-        model = UNet(config.model.unet)
-    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-
-
-def test_there_is_a_count_for_every_recipe() -> None:
-    assert {path.stem for path in RECIPES.glob("*.toml")} == set(PARAMETERS)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_recipe_fits_its_tokenizer_schedule_and_data(name: str) -> None:
-    config = load_toml(TrainConfig, RECIPES / f"{name}.toml")
-    text = config.model.unet.text
-    assert text is not None
-    assert get_tokenizer(text.tokenizer).size == text.vocabulary
-    Schedule.create(config.model.schedule, config.model.steps, "")
-    pytest.importorskip("emoji")
-    captions = {item.caption for item in list_emoji()} - set(held_out_captions())
-    assert set(config.samples.prompts) <= captions
-    tokenizer = get_tokenizer(text.tokenizer)
-    assert max(len(tokenizer.encode(caption)) for caption in captions) <= text.context

@@ -11,13 +11,29 @@ import torch
 
 from glide_fast.data.images import save_png
 from glide_fast.models import ModelConfig, TextConfig, UNetConfig
+from glide_fast.models.noisy_clip import NoisyCLIPConfig
 from glide_fast.text.tokenizer import embedded_tokenizer
-from glide_fast.training.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from glide_fast.training.config import DataConfig, NoiseConfig, OptimizerConfig, SampleConfig, TrainConfig
 from glide_fast.training.log import read_log
 from glide_fast.training.loop import Trainer
 
 CAPTIONS = ("red apple", "dog face", "rocket", "sun", "key", "pizza", "cat", "house", "fire", "bicycle")
 SIZE = 8
+TINY_CLIP = NoisyCLIPConfig(
+    embedding=16,
+    image_size=SIZE,
+    patch_size=4,
+    image_heads=2,
+    image_head_channels=16,
+    image_layers=1,
+    text_heads=2,
+    text_head_channels=16,
+    text_layers=1,
+    context=6,
+    vocabulary=embedded_tokenizer().size,
+    timesteps=20,
+    tokenizer="embedded",
+)
 
 
 def paint_folder(folder: Path) -> Path:
@@ -50,15 +66,22 @@ def tiny_unet(**changes: Any) -> UNetConfig:
     return replace(shape, **changes)
 
 
+def tiny_network(task: str) -> dict[str, Any]:
+    """The fields of a config that describe the network of a task, and the samples it draws."""
+    if task == "clip":
+        return {"clip": TINY_CLIP, "noise": NoiseConfig(steps=20)}
+    unet = tiny_unet(low_res=task.endswith("upsampler"), inpaint=task.startswith("inpaint"), dropout=0.1)
+    samples = SampleConfig(prompts=CAPTIONS[:2], every=100, steps=2)
+    return {"model": ModelConfig(unet=unet, steps=20), "samples": samples}
+
+
 def tiny_config(folder: Path, *, task: str = "base", **changes: Any) -> TrainConfig:
     """A run of 12 steps with dropout; ``changes`` replace fields of the config."""
-    model = ModelConfig(unet=tiny_unet(low_res=task == "upsampler", dropout=0.1), steps=20)
     values: dict[str, Any] = {
         "task": task,
-        "model": model,
+        **tiny_network(task),
         "data": DataConfig(source=str(folder)),
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=4, ema=0.99),
-        "samples": SampleConfig(prompts=CAPTIONS[:2], every=100, steps=2),
         "steps": 12,
         "batch": 4,
         "save_every": 100,
