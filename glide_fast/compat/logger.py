@@ -13,11 +13,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO
 
 __all__ = [
     "DEBUG",
@@ -49,7 +49,6 @@ __all__ = [
     "record_tabular",
     "reset",
     "scoped_configure",
-    "set_comm",
     "set_level",
     "warn",
 ]
@@ -57,29 +56,27 @@ __all__ = [
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 _WIDEST = 30
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-class KVWriter(Protocol):
+class KVWriter:
     """Something that rows of values are written to."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Write one row."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Release the file."""
+        """Release what is held open."""
 
 
-class HumanOutputFormat:
+class HumanOutputFormat(KVWriter):
     """A table a row, and messages, on a stream or in a file."""
 
     def __init__(self, filename_or_file: str | os.PathLike[str] | TextIO) -> None:
-        self._owns = isinstance(filename_or_file, (str, os.PathLike))
         self.file: TextIO
         if isinstance(filename_or_file, (str, os.PathLike)):
-            self.file = Path(filename_or_file).open("w", encoding="utf-8")  # noqa: SIM115
+            self.file, self.own_file = _created(filename_or_file), True
         else:
-            self.file = filename_or_file
+            self.file, self.own_file = filename_or_file, False
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Write the values as a table, sorted by key."""
@@ -92,38 +89,35 @@ class HumanOutputFormat:
         left, right = max(map(len, rows)), max(map(len, rows.values()))
         line = "-" * (left + right + 7)
         table = [f"| {key:<{left}} | {value:<{right}} |" for key, value in rows.items()]
-        self.file.write("\n".join([line, *table, line]) + "\n")
-        self.file.flush()
+        print(line, *table, line, sep="\n", file=self.file, flush=True)
 
     def writeseq(self, seq: Sequence[Any]) -> None:
         """Write a message's parts on one line."""
-        self.file.write(" ".join(str(part) for part in seq) + "\n")
-        self.file.flush()
+        print(*seq, file=self.file, flush=True)
 
     def close(self) -> None:
         """Close the file if this opened it."""
-        if self._owns:
+        if self.own_file:
             self.file.close()
 
 
-class JSONOutputFormat:
+class JSONOutputFormat(KVWriter):
     """One JSON object a line."""
 
     def __init__(self, filename: str | os.PathLike[str]) -> None:
-        self.file = Path(filename).open("w", encoding="utf-8")  # noqa: SIM115
+        self.file = _created(filename)
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Write the values, numbers of every kind as floats."""
         values = {key: float(value) if hasattr(value, "dtype") else value for key, value in kvs.items()}
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        print(json.dumps(values), file=self.file, flush=True)
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
 
-class CSVOutputFormat:
+class CSVOutputFormat(KVWriter):
     """A table with a column a key; new keys become new columns of the whole file."""
 
     def __init__(self, filename: str | os.PathLike[str]) -> None:
@@ -140,9 +134,6 @@ class CSVOutputFormat:
             self.keys += new
             self._write(rows, "w", header=True)
         self._write([kvs], "a")
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _write(self, rows: Sequence[Mapping[str, Any]], mode: str, *, header: bool = False) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:
@@ -172,7 +163,10 @@ def make_output_format(format: str, ev_dir: str | os.PathLike[str], log_suffix: 
 
 
 class Logger:
-    """Values since the last dump, and where they are written; ``CURRENT`` is the process's."""
+    """Values since the last dump, and where they are written; ``CURRENT`` is the process's.
+
+    ``comm`` is kept for callers: values are of this process.
+    """
 
     CURRENT: Logger | None = None
 
@@ -209,16 +203,8 @@ class Logger:
         if self.level > level:
             return
         for writer in self.output_formats:
-            if isinstance(writer, HumanOutputFormat):
+            if hasattr(writer, "writeseq"):
                 writer.writeseq(args)
-
-    def set_level(self, level: int) -> None:
-        """The lowest level of messages that are written."""
-        self.level = level
-
-    def get_dir(self) -> str | None:
-        """The folder of the run."""
-        return self.dir
 
     def close(self) -> None:
         """Release the files."""
@@ -279,9 +265,7 @@ def get_current() -> Logger:
     """The process's logger."""
     if Logger.CURRENT is None:
         configure()
-    if Logger.CURRENT is None:
-        raise RuntimeError("no logger could be configured; call configure(dir) first")
-    return Logger.CURRENT
+    return Logger.CURRENT  # type: ignore[return-value]  # configure has set it
 
 
 def logkv(key: str, val: Any) -> None:
@@ -315,48 +299,19 @@ def log(*args: Any, level: int = INFO) -> None:
     get_current().log(*args, level=level)
 
 
-def debug(*args: Any) -> None:
-    """Write a message for those who search an error."""
-    log(*args, level=DEBUG)
-
-
-def info(*args: Any) -> None:
-    """Write a message."""
-    log(*args, level=INFO)
-
-
-def warn(*args: Any) -> None:
-    """Write a warning."""
-    log(*args, level=WARN)
-
-
-def error(*args: Any) -> None:
-    """Write an error."""
-    log(*args, level=ERROR)
-
-
 def set_level(level: int) -> None:
     """The lowest level of messages that are written."""
-    get_current().set_level(level)
-
-
-def set_comm(comm: Any) -> None:
-    """Kept for callers; values are of this process."""
-    get_current().comm = comm
+    get_current().level = level
 
 
 def get_dir() -> str | None:
     """The folder of the run."""
-    return get_current().get_dir()
-
-
-record_tabular = logkv
-dump_tabular = dumpkvs
+    return get_current().dir
 
 
 @contextmanager
 def profile_kv(scopename: str) -> Iterator[None]:
-    """Add the seconds that a ``with`` block takes to "wait_``scopename``"."""
+    """Add the seconds that a ``with`` block, or a function decorated, takes to "wait_``scopename``"."""
     start = time.time()
     try:
         yield
@@ -364,18 +319,13 @@ def profile_kv(scopename: str) -> Iterator[None]:
         get_current().name2val[f"wait_{scopename}"] += time.time() - start
 
 
-def profile(n: str) -> Callable[[Function], Function]:
-    """A decorator: :func:`profile_kv` around every call."""
+debug, info, warn, error = (partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
+profile = profile_kv
+record_tabular, dump_tabular = logkv, dumpkvs
 
-    def decorate(function: Function) -> Function:
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with profile_kv(n):
-                return function(*args, **kwargs)
 
-        return timed  # type: ignore[return-value]
-
-    return decorate
+def _created(path: str | os.PathLike[str]) -> TextIO:
+    return Path(path).open("w", encoding="utf-8")
 
 
 def _short(text: str) -> str:

@@ -8,8 +8,9 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -40,8 +41,7 @@ def test_log_formats(tmp_path: Path) -> None:
     assert logger.getkvs()["loss"] == 2.0
     assert logger.dumpkvs() == {"loss": 2.0, "step": 7}
     logger.logkvs({"step": 8, "late": np.float32(0.5)})
-    with logger.profile_kv("work"):
-        pass
+    logger.profile("work")(lambda: None)()
     assert logger.dumpkvs().keys() == {"step", "late", "wait_work"}
     text = (tmp_path / "log.txt").read_text()
     assert "hello 3" in text
@@ -55,6 +55,24 @@ def test_log_formats(tmp_path: Path) -> None:
     assert row1 == "2.0,7,,"
     assert row2.startswith(",8,0.5,")
     assert logger.get_dir() == str(tmp_path)
+
+
+def test_writers_of_ones_own(tmp_path: Path) -> None:
+    class Kept(logger.KVWriter):
+        rows: ClassVar[list[object]] = []
+
+        def writekvs(self, kvs: Mapping[str, object]) -> None:
+            self.rows.append(dict(kvs))
+
+        def writeseq(self, seq: Sequence[object]) -> None:
+            self.rows.append(list(seq))
+
+    logger.configure(dir=str(tmp_path), format_strs=[])
+    logger.get_current().output_formats.append(Kept())
+    logger.warn("loss of", 3)
+    logger.record_tabular("loss", 3)
+    logger.dump_tabular()
+    assert Kept.rows == [["loss of", 3], {"loss": 3}]
 
 
 def test_log_scopes_and_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ class UNetModel(networks.UNetModel):
         encoder_channels: int | None = None,
     ) -> None:
         arguments = networks.own_arguments(locals())
-        self.encoder_channels = arguments.pop("encoder_channels")
+        del arguments["encoder_channels"]
+        self.encoder_channels = encoder_channels
         super().__init__(4 << len(channel_mult), **arguments)
 
     @property
