@@ -1,7 +1,8 @@
-"""The diffusion objects of guided- and improved-diffusion against the originals' numbers."""
+"""The three projects' diffusion objects under their own names, against the originals' numbers."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from glide_fast.compat.glide_text2im import gaussian_diffusion as glide
+from glide_fast.compat.glide_text2im import respace as glide_respace
 from glide_fast.compat.guided_diffusion import gaussian_diffusion as guided
 from glide_fast.compat.guided_diffusion import losses as guided_losses
 from glide_fast.compat.guided_diffusion import respace as guided_respace
@@ -20,8 +23,9 @@ from glide_fast.compat.improved_diffusion import respace as improved_respace
 from tests.golden import assert_close, data, entry, normal
 
 PACKAGES = {
-    "guided_diffusion": (guided, guided_respace, guided_losses),
-    "improved_diffusion": (improved, improved_respace, improved_losses),
+    "guided_diffusion": (guided, guided_respace),
+    "improved_diffusion": (improved, improved_respace),
+    "glide_text2im": (glide, glide_respace),
 }
 SHAPE = (4, 3, 4, 4)
 TABLES = [key.split(".") for key in entry("tables")["arrays"]]
@@ -34,7 +38,9 @@ LOOPS = [
     if package in case["bit_identical_in"]
 ]
 
-both = pytest.mark.parametrize("package", PACKAGES)
+every = pytest.mark.parametrize("package", PACKAGES)
+both = pytest.mark.parametrize("package", ["guided_diffusion", "improved_diffusion"])
+guidable = pytest.mark.parametrize("package", ["guided_diffusion", "glide_text2im"])
 
 
 def stored(name: str, key: str) -> Tensor:
@@ -42,8 +48,12 @@ def stored(name: str, key: str) -> Tensor:
 
 
 def options(
-    module: ModuleType, mean: str = "EPSILON", var: str = "LEARNED_RANGE", loss: str = "MSE"
+    package: str, mean: str = "EPSILON", var: str = "LEARNED_RANGE", loss: str = "MSE"
 ) -> dict[str, Any]:
+    """A constructor's description of the model; GLIDE's knows one kind alone."""
+    if package == "glide_text2im":
+        return {}
+    module = PACKAGES[package][0]
     return {
         "model_mean_type": module.ModelMeanType[mean],
         "model_var_type": module.ModelVarType[var],
@@ -51,18 +61,22 @@ def options(
     }
 
 
+def betas_of(package: str, name: str, steps: int) -> Any:
+    name = "squaredcos_cap_v2" if (package, name) == ("glide_text2im", "cosine") else name
+    return PACKAGES[package][0].get_named_beta_schedule(name, steps)
+
+
 def plain(package: str, name: str = "linear", steps: int = 1000, **kwargs: Any) -> Any:
-    module = PACKAGES[package][0]
-    betas = module.get_named_beta_schedule(name, steps)
-    return module.GaussianDiffusion(betas=betas, **{**options(module), **kwargs})
+    betas = betas_of(package, name, steps)
+    return PACKAGES[package][0].GaussianDiffusion(betas=betas, **{**options(package), **kwargs})
 
 
 def spaced(package: str, name: str, steps: int, respacing: str, **kwargs: Any) -> Any:
-    module, respace, _ = PACKAGES[package]
+    respace = PACKAGES[package][1]
     return respace.SpacedDiffusion(
         use_timesteps=respace.space_timesteps(steps, respacing or [steps]),
-        betas=module.get_named_beta_schedule(name, steps),
-        **{**options(module), **kwargs},
+        betas=betas_of(package, name, steps),
+        **{**options(package), **kwargs},
     )
 
 
@@ -71,28 +85,29 @@ def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda _x, _timesteps: output
 
 
-@both
+@every
 def test_schedules(package: str) -> None:
     module = PACKAGES[package][0]
     for key, expected in data("schedules").items():
         name, _, steps = key.partition(".")
         if name in ("linear", "cosine"):
-            betas = module.get_named_beta_schedule(name, int(steps))
+            betas = betas_of(package, name, int(steps))
             np.testing.assert_allclose(betas, expected, rtol=1e-15, atol=0)
     seen = []
     module.betas_for_alpha_bar(5, lambda time: seen.append(time) or 1 - time / 2)
     assert all(isinstance(time, float) for time in seen)
     assert len(seen) == 10
-    with pytest.raises(NotImplementedError, match="unknown beta schedule: squaredcos_cap_v2"):
-        module.get_named_beta_schedule("squaredcos_cap_v2", 10)
+    foreign = "cosine" if package == "glide_text2im" else "squaredcos_cap_v2"
+    with pytest.raises(NotImplementedError, match=f"unknown beta schedule: {foreign}"):
+        module.get_named_beta_schedule(foreign, 10)
 
 
-@both
+@every
 def test_tables(package: str) -> None:
     built: dict[tuple[str, ...], Any] = {}
     for *which, table in TABLES:
         name, steps, respacing = which
-        if respacing == "fast27":
+        if respacing == "fast27" and package != "glide_text2im":
             continue
         if tuple(which) not in built:
             sections = "" if respacing == "all" else respacing
@@ -104,7 +119,7 @@ def test_tables(package: str) -> None:
         assert diffusion.original_num_steps == int(steps)
 
 
-@both
+@every
 def test_space_timesteps(package: str) -> None:
     respace = PACKAGES[package][1]
     for case in data("space_timesteps"):
@@ -116,7 +131,7 @@ def test_space_timesteps(package: str) -> None:
             assert respace.space_timesteps(case["num_timesteps"], case["section_counts"]) == set(expected)
 
 
-@both
+@every
 def test_q_operations(package: str) -> None:
     diffusion = plain(package)
     x_start, t = stored("q_ops", "in.x_start"), stored("q_ops", "in.t")
@@ -140,13 +155,15 @@ def test_q_operations(package: str) -> None:
     assert torch.equal(found, diffusion.q_mean_variance(x_start, t)[0])
 
 
-@both
+@every
 def test_p_mean_variance(package: str) -> None:
     x, t = normal("x_t", SHAPE, 301), stored("p_mean_variance", "in.t")
     output = normal("model_output", (4, 6, 4, 4), 301)
     for case in PREDICTIONS:
         mean, variance, clip, function = case.split(".")
-        diffusion = plain(package, **options(PACKAGES[package][0], mean, variance))
+        if package == "glide_text2im" and (mean, variance) != ("EPSILON", "LEARNED_RANGE"):
+            continue
+        diffusion = plain(package, **options(package, mean, variance))
         channels = 6 if variance.startswith("LEARNED") else 3
         out = diffusion.p_mean_variance(
             constant(output[:, :channels]),
@@ -159,8 +176,9 @@ def test_p_mean_variance(package: str) -> None:
             assert_close(out[key], "p_mean_variance", f"{case}.{key}")
 
 
-def test_conditioning() -> None:
-    diffusion = spaced("guided_diffusion", "linear", 1000, "20")
+@guidable
+def test_conditioning(package: str) -> None:
+    diffusion = spaced(package, "linear", 1000, "20")
     x, t = normal("x_t", SHAPE, 301), stored("conditioning", "in.t")
     output = normal("model_output", (4, 6, 4, 4), 301)
     before = diffusion.p_mean_variance(constant(output), x, t)
@@ -175,9 +193,8 @@ def test_conditioning() -> None:
     assert after["variance"] is before["variance"]
 
 
-@both
-def test_losses(package: str) -> None:
-    losses = PACKAGES[package][2]
+@pytest.mark.parametrize("losses", [guided_losses, improved_losses])
+def test_losses(losses: ModuleType) -> None:
     mean1, logvar1, mean2, logvar2 = (
         normal(name, SHAPE, 301) for name in ("mean1", "logvar1", "mean2", "logvar2")
     )
@@ -202,7 +219,7 @@ def test_losses(package: str) -> None:
 @pytest.mark.parametrize("case", LOSSES)
 def test_training_losses(package: str, case: str) -> None:
     loss, mean, variance = case.split(".")
-    diffusion = plain(package, "cosine", **options(PACKAGES[package][0], mean, variance, loss))
+    diffusion = plain(package, "cosine", **options(package, mean, variance, loss))
     x_start, t = stored("training_losses", "in.x_start"), stored("training_losses", "in.t")
     output = 0.5 * normal("model_output", (4, 6, 4, 4), 311)
     output = (output if variance.startswith("LEARNED") else output[:, :3]).clone().requires_grad_()
@@ -239,7 +256,7 @@ def test_bits_per_dim(package: str) -> None:
     cases = sorted({key.rsplit(".", 1)[0] for key in data("bpd") if key != "in.x_start"})
     for case in cases:
         mean, variance, clip = case.split(".")
-        diffusion = spaced(package, "cosine", 1000, "10", **options(PACKAGES[package][0], mean, variance))
+        diffusion = spaced(package, "cosine", 1000, "10", **options(package, mean, variance))
         torch.manual_seed(entry("bpd")["torch_seed"])
         bits = diffusion.calc_bpd_loop(
             toy_model(diffusion), stored("bpd", "in.x_start"), clip_denoised=clip == "clip1"
@@ -249,12 +266,10 @@ def test_bits_per_dim(package: str) -> None:
             assert_close(values, "bpd", f"{case}.{key}")
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in data("timesteps_seen") if case["package"] in PACKAGES], ids=str
-)
+@pytest.mark.parametrize("case", data("timesteps_seen"), ids=str)
 def test_timesteps_seen(case: dict[str, Any]) -> None:
     package, steps = case["package"], case["steps"]
-    rescale = {"rescale_timesteps": case["rescale_timesteps"]}
+    rescale = {"rescale_timesteps": case["rescale_timesteps"]} if package != "glide_text2im" else {}
     if case["cls"] == "GaussianDiffusion":
         diffusion = plain(package, "cosine", steps, **rescale)
     else:
@@ -285,8 +300,8 @@ def test_loops(package: str, case: dict[str, Any]) -> None:
         given["name"],
         given["steps"],
         given["respacing"],
-        **options(PACKAGES[package][0], given["mean"], given["var"]),
-        rescale_timesteps=given["rescale"],
+        **options(package, given["mean"], given["var"]),
+        **({"rescale_timesteps": True} if given["rescale"] else {}),
     )
     model = toy_model(diffusion)
     if "cond_fn" in arguments:
@@ -312,11 +327,11 @@ def test_loops(package: str, case: dict[str, Any]) -> None:
             assert_close(steps[int(key.rpartition("step")[2])]["sample"], "toy_loops", key)
 
 
-@both
+@every
 def test_loops_return_the_last_step_and_take_upstreams_positions(package: str) -> None:
     diffusion = spaced(package, "cosine", 100, "5")
     model, shape, noise = toy_model(diffusion), (2, 3, 8, 8), normal("x", (2, 3, 8, 8), 0)
-    cond_fn = [None] if package == "guided_diffusion" else []
+    cond_fn = [] if package == "improved_diffusion" else [None]
     for loop, extra in (("p_sample_loop", []), ("ddim_sample_loop", [0.5])):
         arguments = [shape, noise, False, None, *cond_fn, None, "cpu", True, *extra]
         torch.manual_seed(0)
@@ -325,22 +340,27 @@ def test_loops_return_the_last_step_and_take_upstreams_positions(package: str) -
         *_, last = getattr(diffusion, f"{loop}_progressive")(model, *arguments)
         assert torch.equal(picture, last["sample"])
         assert not picture.requires_grad
+        assert ("cond_fn" in inspect.signature(getattr(diffusion, loop)).parameters) == bool(cond_fn)
+    if package == "improved_diffusion":
+        with pytest.raises(TypeError, match="cond_fn"):
+            diffusion.p_sample_loop(model, shape, cond_fn=lambda x, t: x)
 
 
-def test_a_subclass_may_override_the_step() -> None:
-    class Halved(guided_respace.SpacedDiffusion):
+@every
+def test_a_subclass_may_override_the_step(package: str) -> None:
+    class Halved(PACKAGES[package][1].SpacedDiffusion):  # type: ignore[name-defined]
         def p_sample(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
             out = super().p_sample(*args, **kwargs)
             return {**out, "sample": torch.full_like(out["sample"], 0.5)}
 
-    betas = guided.get_named_beta_schedule("cosine", 20)
-    diffusion = Halved(use_timesteps=range(20), betas=betas, **options(guided))
+    betas = betas_of(package, "cosine", 20)
+    diffusion = Halved(use_timesteps=range(20), betas=betas, **options(package))
     assert torch.equal(
         diffusion.p_sample_loop(toy_model(diffusion), (1, 3, 2, 2)), torch.full((1, 3, 2, 2), 0.5)
     )
 
 
-@both
+@every
 def test_reversal_is_deterministic_only(package: str) -> None:
     with pytest.raises(ValueError, match=r"eta 0\.5 must be 0"):
         plain(package).ddim_reverse_sample(None, torch.zeros(SHAPE), torch.zeros(4).long(), eta=0.5)
