@@ -47,7 +47,12 @@ class CLIPConfig:
 
 
 class ClipAttention(nn.Module):
-    """Multi-head self-attention with PyTorch's parameter names (queries, keys, values stacked)."""
+    """Multi-head self-attention with PyTorch's parameter names (queries, keys, values stacked).
+
+    Tokens come as [T, B, C] where ``batch_first`` is set to False, as in PyTorch.
+    """
+
+    batch_first: bool = True
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -58,10 +63,12 @@ class ClipAttention(nn.Module):
         self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+        x = x if self.batch_first else x.transpose(0, 1)
         projected = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
         split = torch.unflatten(projected, 2, (3, self.heads, -1))
         query, key, value = split.unbind(2)  # [B, T, N, D]
-        return self.out_proj(self_attention(query, key, value, causal=self.causal))  # type: ignore[no-any-return]
+        out: Tensor = self.out_proj(self_attention(query, key, value, causal=self.causal))
+        return out if self.batch_first else out.transpose(0, 1)
 
 
 class ClipPerceptron(nn.Module):
@@ -94,6 +101,8 @@ class ClipBlock(nn.Module):
 class ClipTransformer(nn.Module):
     """A stack of blocks, initialised as in the paper's code (normal, narrower for deeper stacks)."""
 
+    batch_first: bool = True
+
     def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         if width % heads:
@@ -112,6 +121,17 @@ class ClipTransformer(nn.Module):
         for block in self.resblocks:
             x = block(x)
         return x
+
+    def sequence_first(self) -> None:
+        """From now on take and return tokens as [T, B, C], each block too."""
+        for module in self.modules():
+            if isinstance(module, (ClipAttention, ClipTransformer)):
+                module.batch_first = False
+
+    def on_batch(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C], in whichever order the blocks take the tokens."""
+        out: Tensor = self(x) if self.batch_first else self(x.transpose(0, 1)).transpose(0, 1)
+        return out
 
 
 class VisionTransformer(nn.Module):
@@ -141,7 +161,7 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)
         token = self.class_embedding.to(image.dtype).expand(len(image), 1, -1)
         x = torch.cat([token, patches], dim=1) + self.positional_embedding.to(image.dtype)
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer.on_batch(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj.to(image.dtype)  # type: ignore[no-any-return]
 
 
@@ -186,7 +206,7 @@ class CLIP(nn.Module):
         if tokens.shape[-1] != self.config.context:
             raise ValueError(f"tokens have length {tokens.shape[-1]}, the context is {self.config.context}")
         x = self.token_embedding(tokens).to(self.compute_dtype)
-        x = self.transformer(x + self.positional_embedding.to(self.compute_dtype))
+        x = self.transformer.on_batch(x + self.positional_embedding.to(self.compute_dtype))
         ends = self.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
         return ends @ self.text_projection.to(self.compute_dtype)  # type: ignore[no-any-return]
 

@@ -51,6 +51,23 @@ def test_features_logits_gradients_and_names(name: str) -> None:
     assert_close(norms, name, "param_grad_norms")
 
 
+def test_callers_may_run_the_transformers_themselves() -> None:
+    model, image, tokens = build("clip_vit")
+    ends = torch.arange(len(tokens)), tokens.argmax(dim=-1)
+    with torch.no_grad():
+        x = model.token_embedding(tokens).type(model.dtype) + model.positional_embedding
+        x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+        texts = model.ln_final(x)[ends] @ model.text_projection
+        assert_close(texts, "clip_vit", "text_features")
+        visual = model.visual
+        x = visual.conv1(image).flatten(2).permute(0, 2, 1)
+        token = visual.class_embedding + torch.zeros(len(x), 1, x.shape[-1])
+        x = visual.ln_pre(torch.cat([token, x], dim=1) + visual.positional_embedding).permute(1, 0, 2)
+        for block in visual.transformer.resblocks:
+            x = block(x)
+        assert_close(visual.ln_post(x[0]) @ visual.proj, "clip_vit", "image_features")
+
+
 @pytest.mark.parametrize("name", FIXTURES)
 def test_build_model_halves_the_originals_weights_and_infers_its_settings(name: str) -> None:
     model, image, tokens = build(name)

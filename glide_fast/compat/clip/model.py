@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.models import clip
-from glide_fast.models.clip import ClipAttention, CLIPConfig, VisionTransformerConfig
+from glide_fast.models.clip import ClipAttention, CLIPConfig, ClipTransformer, VisionTransformerConfig
 from glide_fast.models.resnet import STRIDE, ResNetConfig
 
 __all__ = ["CLIP", "build_model", "convert_weights"]
@@ -19,7 +19,8 @@ BUFFERS = ("input_resolution", "context_length", "vocab_size")  # numbers that t
 class CLIP(clip.CLIP):
     """Both towers; four ``vision_layers`` make a ResNet, one number a vision transformer.
 
-    The activations have the dtype of the weights, ``dtype``; pictures of another are cast at the door.
+    The activations have the dtype of the weights, ``dtype``; pictures of another are cast at the door. Those
+    who call ``transformer`` or its blocks themselves give them tokens as the original's take them, [T, B, C].
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class CLIP(clip.CLIP):
             vocabulary=vocab_size,
         )
         super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, ClipTransformer):
+                module.sequence_first()
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.visual.input_resolution = image_resolution  # type: ignore[assignment]
