@@ -18,9 +18,19 @@ GPUS_PER_NODE = 8
 
 
 def setup_dist() -> None:
-    """Join the process group that torchrun's environment describes, or make one of this process alone."""
+    """Join the process group that torchrun's environment describes, or make one of this process alone.
+
+    Raises:
+        RuntimeError: this is one of several processes of mpiexec, which would each train a model of its own.
+    """
     if dist.is_initialized():
         return
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
+            raise RuntimeError(
+                f"{name} is {os.environ[name]}, but processes of mpiexec do not find one another here; "
+                "start them with torchrun --nproc-per-node N -m glide_fast.compat SCRIPT"
+            )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())

@@ -180,6 +180,15 @@ def test_one_process(tmp_path: Path) -> None:
     assert dist_util.GPUS_PER_NODE == 8
 
 
+def test_processes_of_mpiexec_are_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"OMPI_COMM_WORLD_SIZE is 2, .* start them with torchrun"):
+        dist_util.setup_dist()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    dist_util.setup_dist()
+    torch.distributed.destroy_process_group()
+
+
 WORKER = """
 import sys
 import torch
