@@ -232,10 +232,11 @@ class Plan:
     """Pictures to learn from until the run ends. Default: the recipe's steps, or 100 million."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the activations. Default: the recipe's, or bfloat16."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: everything on every GPU. fsdp: weights and what belongs to them divided among the GPUs."""
+    sharding: Literal["ddp", "fsdp"] | None = None
+    """ddp: everything on every GPU. fsdp: weights and what belongs to them divided among the GPUs.
+    Default: the recipe's, or ddp."""
     checkpoint_activations: bool = False
-    """Compute the blocks' activations again in the backward pass instead of keeping them."""
+    """Compute the blocks' activations again in the backward pass instead of keeping them, as a recipe may."""
     utilisation: float = 0.4
     """Share of the GPU's peak FLOP/s that is assumed to be reached, 0 to 1; small models reach less."""
 
@@ -246,8 +247,9 @@ class Plan:
             known = [name for name, config in PRESETS.items() if not isinstance(config, CLIPConfig)]
             raise ValueError(f"no task trains preset {self.model!r}; choose one of {', '.join(known)}")
         defaults: dict[str, Any] = {"batch": 32 * self.gpus, "accumulate": 1, "dtype": "bfloat16"}
+        defaults["sharding"] = "ddp"
         if recipe is not None:
-            defaults = {name: getattr(recipe, name) for name in ("batch", "accumulate")}
+            defaults = {name: getattr(recipe, name) for name in ("batch", "accumulate", "sharding")}
             defaults["dtype"] = recipe.compute_dtype
         given = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
         choices = {**defaults, **given}
@@ -259,8 +261,8 @@ class Plan:
         setup = Setup(
             gpus=self.gpus,
             gpu=self.gpu,
-            sharding=self.sharding,
-            checkpoint_activations=self.checkpoint_activations,
+            checkpoint_activations=self.checkpoint_activations
+            or (recipe is not None and recipe.checkpoint_activations),
             utilisation=self.utilisation,
             images=images,
             **choices,

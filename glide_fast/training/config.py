@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from glide_fast.data.masks import MaskConfig
 from glide_fast.models.configs import Config, ModelConfig
 from glide_fast.models.encoder import EncoderConfig
 from glide_fast.models.noisy_clip import NoisyCLIPConfig
@@ -93,6 +94,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     low_res: LowResConfig = field(default_factory=LowResConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
     steps: int = 10_000
@@ -141,6 +143,13 @@ class TrainConfig:
         if isinstance(network, ModelConfig):
             return network.unet.image_size
         return network.trunk.image_size if isinstance(network, EncoderConfig) else network.image_size
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes that are learned, None where there are none."""
+        if self.classifier is not None:
+            return self.classifier.trunk.out_channels
+        return None if self.model is None else self.model.unet.classes
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
         samples = self.samples

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glide_fast.config import to_dict
 from glide_fast.models.checkpoint import read_weights
+from glide_fast.models.configs import kind_of
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.state import first_difference
 
@@ -26,6 +27,9 @@ def load_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
         FileNotFoundError, ValueError: there is no such model, or it has another config; names the field.
     """
     weights = read_weights(path)
+    kinds = kind_of(weights.config), kind_of(config.network)
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{path} holds a {kinds[0]}, and task {config.task!r} trains a {kinds[1]}")
     found, wanted = to_dict(weights.config), to_dict(config.network)
     unet = found.get("unet", {})
     widened = config.task.startswith("inpaint") and unet.get("inpaint") is False

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from glide_fast.data import emoji
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.folder import load_dataset
+from glide_fast.data.labels import labelled
 from glide_fast.training.config import TrainConfig
 
 Rows = NDArray[np.int64]
@@ -67,4 +68,12 @@ def open_source(config: TrainConfig) -> Source:
     pictures = load_dataset(config.data.source, config.image_size)
     if config.data.source == "emoji" and config.data.hold_out:
         pictures = emoji.split(pictures)[0]
+    if config.classes is not None:
+        pictures, names = labelled(pictures, config.data.source)
+        if len(names) != config.classes:
+            field = "classifier.trunk.out_channels" if config.classifier else "model.unet.classes"
+            raise ValueError(
+                f"{field} {config.classes} is not the number of classes of {config.data.source!r}; "
+                f"use {len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+            )
     return Memory(pictures, config.batch, config.seed)

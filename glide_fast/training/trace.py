@@ -161,17 +161,13 @@ def _diffusion_loss(model: nn.Module, config: ModelConfig, batch: int, device: s
     return simple_loss(diffusion, output, x_start, x_t, t, noise).mean()
 
 
-class _GpuDropout(nn.Module):
+class _GpuDropout(nn.Dropout):
     """The dropout that a GPU runs; on other devices torch keeps a mask of the activations' dtype instead."""
 
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.probability == 0:
+        if self.p == 0:
             return x
-        dropped: Tensor = torch.native_dropout(x, self.probability, True)[0]
+        dropped: Tensor = torch.native_dropout(x, self.p, True)[0]
         return dropped
 
 

@@ -13,6 +13,7 @@ import torch
 from glide_fast.config import load_toml
 from glide_fast.data.emoji_captions import held_out_captions, list_emoji
 from glide_fast.models.configs import ModelConfig, describe
+from glide_fast.models.presets import PRESETS
 from glide_fast.text.tokenizer import embedded_tokenizer
 from glide_fast.training.config import SampleConfig, TrainConfig
 from glide_fast.training.loop import Trainer
@@ -21,9 +22,29 @@ from tests.test_cli import run
 
 RECIPES = Path(__file__).parents[2] / "configs"
 PARAMETERS = {
+    "adm_classifier256": 54_096_360,
+    "adm_classifier64": 65_438_568,
+    "adm_imagenet256_uncond": 552_814_086,
+    "adm_imagenet64": 295_904_454,
+    "emoji_adm": 7_234_182,
     "emoji_base": 9_380_614,
+    "emoji_classifier": 1_785_638,
+    "emoji_inpaint": 9_381_766,
     "emoji_clip": 5_050_560,
     "emoji_upsampler": 1_757_734,
+    "glide_base_3.5b": 3_554_414_086,
+    "glide_clip_vit_l": 440_439_040,
+    "glide_inpaint_3.5b": 3_554_432_518,
+    "glide_upsampler_1.5b": 1_540_932_998,
+}
+PUBLISHED = {
+    "adm_classifier256": "guided-256x256-classifier",
+    "adm_classifier64": "guided-64x64-classifier",
+    "adm_imagenet256_uncond": "guided-256x256-diffusion-uncond",
+    "adm_imagenet64": "guided-64x64-diffusion",
+    "glide_base_3.5b": "glide-3.5b-base",
+    "glide_clip_vit_l": "glide-clip-vit-l",
+    "glide_upsampler_1.5b": "glide-1.5b-upsample",
 }
 LAPTOP = [name for name in PARAMETERS if name.startswith("emoji_")]
 LONGEST = 60  # lines: one screen
@@ -68,11 +89,16 @@ def test_a_recipe_describes_a_network_of_the_documented_size(name: str) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_for_a_published_model_describes_it(name: str) -> None:
+    assert recipe(name).network == PRESETS[PUBLISHED[name]]
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_recipe_is_planned(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = () if name in LAPTOP else ("--gpus", "64", "--sharding", "fsdp", "--checkpoint-activations")
+    options = () if name in LAPTOP else ("--gpus", "64")
     run(monkeypatch, "plan", RECIPES / f"{name}.toml", *options)
     printed = capsys.readouterr().out
     assert f"{PARAMETERS[name] / 1e6:,.1f} M parameters" in printed

@@ -32,7 +32,7 @@ def base_task(pictures: Path, caption_drop: float) -> DiffusionTask:
 
 def test_a_batch_holds_the_pictures_and_captions_of_its_rows(pictures: Path) -> None:
     task = base_task(pictures, 0.0)
-    chosen = load_folder(pictures, SIZE).select([3, 0, 3])
+    chosen = load_folder(pictures, SIZE).select([1, 0, 1])
     batch = task.batch(chosen, draws(3))
     assert batch.tokens is not None
     assert batch.mask is not None

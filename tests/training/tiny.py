@@ -11,6 +11,7 @@ import torch
 
 from glide_fast.data.images import save_png
 from glide_fast.models import ModelConfig, TextConfig, UNetConfig
+from glide_fast.models.encoder import EncoderConfig
 from glide_fast.models.noisy_clip import NoisyCLIPConfig
 from glide_fast.text.tokenizer import embedded_tokenizer
 from glide_fast.training.config import DataConfig, NoiseConfig, OptimizerConfig, SampleConfig, TrainConfig
@@ -18,7 +19,7 @@ from glide_fast.training.log import read_log
 from glide_fast.training.loop import Trainer
 
 CAPTIONS = ("red apple", "dog face", "rocket", "sun", "key", "pizza", "cat", "house", "fire", "bicycle")
-SIZE = 8
+SIZE, CLASSES = 8, 3
 TINY_CLIP = NoisyCLIPConfig(
     embedding=16,
     image_size=SIZE,
@@ -37,16 +38,16 @@ TINY_CLIP = NoisyCLIPConfig(
 
 
 def paint_folder(folder: Path) -> Path:
-    """A data set of one picture a caption: a smooth pattern of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A data set of one picture a caption, a smooth pattern of its own, in three folders."""
     ramp = np.linspace(0, 1, SIZE)
     for number, caption in enumerate(CAPTIONS):
         phase = np.array([0.0, 2.0, 4.0]) + number
         waves = np.sin(3 * ramp[:, None, None] + phase) * np.cos(
             2 * ramp[None, :, None] * (number % 3) + phase
         )
-        save_png(folder / f"{number}.png", ((waves + 1) * 127.5).round().astype(np.uint8))
-        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+        name = folder / f"class-{number % CLASSES}" / f"{number}.png"
+        save_png(name, ((waves + 1) * 127.5).round().astype(np.uint8))
+        name.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return folder
 
 
@@ -70,6 +71,13 @@ def tiny_network(task: str) -> dict[str, Any]:
     """The fields of a config that describe the network of a task, and the samples it draws."""
     if task == "clip":
         return {"clip": TINY_CLIP, "noise": NoiseConfig(steps=20)}
+    if task == "classifier":
+        trunk = tiny_unet(text=None, out_channels=CLASSES)
+        return {"classifier": EncoderConfig(trunk=trunk), "noise": NoiseConfig(steps=20)}
+    if task == "adm":
+        unet = tiny_unet(text=None, classes=CLASSES, dropout=0.1)
+        samples = SampleConfig(count=4, every=100, steps=2)
+        return {"model": ModelConfig(unet=unet, steps=20), "samples": samples}
     unet = tiny_unet(low_res=task.endswith("upsampler"), inpaint=task.startswith("inpaint"), dropout=0.1)
     samples = SampleConfig(prompts=CAPTIONS[:2], every=100, steps=2)
     return {"model": ModelConfig(unet=unet, steps=20), "samples": samples}
