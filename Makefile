@@ -1,6 +1,7 @@
 # make demo    eight prompts -> demo/grid.png, with the embedded models
 # make test    all tests            make lint    format, types, style
 # make bench   speed and parity     make clean   forget the environment and the builds
+#              (BENCH=--quick: reduced shapes in a minute or two, the README stays)
 #
 # Each verb sets up what it needs in .venv. PYTHON chooses the interpreter (>= 3.10), TORCH the release of torch.
 PYTHON ?= python3
@@ -9,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TOOLS := $(VENV)/tools
+PEERS := $(VENV)/peers
+BENCH ?= --readme
 FONT := $(VENV)/font
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
@@ -28,8 +31,8 @@ lint: $(INSTALLED) $(TOOLS)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
-bench: $(INSTALLED) $(TOOLS)
-	$(BIN)/python -m bench
+bench: $(INSTALLED) $(TOOLS) $(PEERS)
+	$(BIN)/python -m bench $(BENCH)
 
 format: $(TOOLS)
 	$(BIN)/ruff format .
@@ -49,6 +52,11 @@ $(INSTALLED): pyproject.toml setup.py $(CPP)
 
 $(TOOLS): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,triton,test,lint]"
+	touch $@
+
+# Other runtimes to compare with; without them their rows say so.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]" || echo "no other runtimes: their rows will say so"
 	touch $@
 
 # The font that the data set is drawn from; without it the tests that draw are skipped.

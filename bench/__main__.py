@@ -1,75 +1,85 @@
-"""Benchmarks behind parity gates, as a Markdown table; the whole quick run takes less than a minute.
+"""Runs the suites and reports them: JSON, a Markdown table, two plots, and on demand the README's table.
 
-python -m bench
-python -m bench --seconds 20 --filter attention --out bench/results/attention.json
+    python -m bench                                  all suites, about half an hour: build/bench/
+    python -m bench --quick                          reduced shapes, about a minute
+    python -m bench --suite models -k "CLIP"         what pytest's -k selects
+    python -m bench --readme                         also README.md and docs/ (make bench)
+
+`pytest bench` runs the same without the reports; its options are those of pytest and pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
+import pytest
 
-from bench import ops
-from bench.suite import ParityError, Row, measure
-from glide_fast.ops.dispatch import cpp_library
+from bench import plots, report
+from bench.rows import Record
 
-SUITES = {"ops": ops}
-HEADER = "| case | ours ms | peer ms | ratio | p20-p80 | rate | device | ISA | threads | torch |"
-
-
-def environment(device: str) -> dict[str, str | int]:
-    """What a timing depends on besides the code."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device == "cpu" and cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    library = cpp_library()
-    isa = "reference" if library is None else str(library.capability())
-    return {"device": name, "isa": isa, "threads": torch.get_num_threads(), "torch": torch.__version__}
+ROOT = Path(__file__).parents[1]
+SUITES = ("ops", "models", "sampling", "training", "end_to_end")
+PLOTS = {"bars.png": plots.bars, "roofline.png": plots.roofline}
+TITLES = {
+    "bars.png": "How many times faster than each peer",
+    "roofline.png": "Each case below the roofline of this machine",
+}
 
 
-def line(row: Row, facts: dict[str, str | int]) -> str:
-    """The row in Markdown."""
-    median, low, high = row.ratio
-    cells = [row.case, f"{row.ours_ms:.3f}", f"{row.peer_ms:.3f}", f"{median:.2f}", f"{low:.2f}-{high:.2f}"]
-    return "| " + " | ".join([*cells, f"{row.rate:.1f} {row.unit}", *map(str, facts.values())]) + " |"
+def options() -> argparse.Namespace:
+    """What was asked for on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Speed and memory, behind parity gates."
+    )
+    parser.add_argument("--suite", choices=SUITES, help="default: all")
+    parser.add_argument("-k", default="", metavar="NAME", help="only cases that pytest's -k selects")
+    parser.add_argument("--quick", action="store_true", help="reduced shapes, about a minute in all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for the ops; networks: cpu")
+    parser.add_argument("--seconds", type=float, help="for the pairs of one case and peer")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the results")
+    parser.add_argument("--readme", action="store_true", help="update README.md and docs/ from a whole run")
+    return parser.parse_args()
+
+
+def arguments(chosen: argparse.Namespace, out: Path) -> list[str]:
+    """What pytest is called with."""
+    folder = Path(__file__).parent
+    paths = [folder / f"bench_{suite}.py" for suite in ([chosen.suite] if chosen.suite else SUITES)]
+    given = [*map(str, paths), "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    given += ["--rows", str(out / "rows.json"), "--benchmark-json", str(out / "benchmark.json")]
+    given += ["--benchmark-columns=median,rounds", "--device", chosen.device]
+    given += ["--quick"] if chosen.quick else []
+    given += ["-k", chosen.k] if chosen.k else []
+    given += ["--seconds", str(chosen.seconds)] if chosen.seconds else []
+    return given
 
 
 def main() -> int:
-    """Run the suites; 1 if a gate was red."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Speed, behind parity gates.")
-    parser.add_argument("--suite", choices=SUITES, help="default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the pairs of one case")
-    parser.add_argument("--filter", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
-    options = parser.parse_args()
-    facts = environment(options.device)
-    print(HEADER, "|" + " --- |" * (HEADER.count("|") - 1), sep="\n")
-    rows, red = [], False
-    for suite in [options.suite] if options.suite else SUITES:
-        for case in SUITES[suite].cases():
-            if options.filter not in case.name:
-                continue
-            try:
-                row = measure(case, device=options.device, seconds=options.seconds)
-            except ParityError as error:
-                red = True
-                print(f"RED {error}", file=sys.stderr)
-            else:
-                print(line(row, facts), flush=True)
-                rows.append({**asdict(row), **facts})
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return int(red)
+    """Run, report; not 0 if a gate was red or a suite failed."""
+    chosen = options()
+    partial = chosen.quick or chosen.suite or chosen.k
+    if chosen.readme and partial:
+        print("--readme needs a whole run: leave --quick, --suite and -k out", file=sys.stderr)
+        return 2
+    out: Path = chosen.out
+    out.mkdir(parents=True, exist_ok=True)
+    status = int(pytest.main(arguments(chosen, out)))
+    record = Record.load(out / "rows.json")
+    text = report.table(record)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    drawn = [name for name, draw in PLOTS.items() if draw(record, out / name)]
+    print(text)
+    for reason in record.red:
+        print(f"RED {reason}", file=sys.stderr)
+    if chosen.readme and status == 0:
+        for name in drawn:
+            shutil.copy(out / name, ROOT / "docs" / f"bench_{name}")
+        pictures = "\n\n".join(f"![{TITLES[name]}](docs/bench_{name})" for name in drawn)
+        report.update_readme(ROOT / "README.md", record, pictures)
+    return status
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.suite import Case
-from glide_fast.models.presets import PRESETS
+from glide_fast.models.presets import preset
 from glide_fast.ops import Resample, attention, group_norm
+
+NORM_FLOPS = 10  # a pixel and channel, nominally: statistics, normalisation, FiLM, SiLU
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -43,27 +45,29 @@ def norm_case(channels: int, size: int, *, resample: Resample = "none") -> Case:
         parameters = 1 + 0.1 * torch.randn(channels), 0.1 * torch.randn(channels)
         return torch.randn(1, channels, size, size), *parameters, 0.1 * torch.randn(1, 2 * channels)
 
+    moved = 4 * channels * size**2 * (1 + {"none": 1, "up": 4, "down": 0.25}[resample])
     return Case(
         name=f"GroupNorm FiLM SiLU{'' if resample == 'none' else f' {resample}'} {channels}x{size}x{size}",
         ours=partial(_our_norm, resample=resample),
         peer=partial(_plain_norm, resample=resample),
         inputs=inputs,
-        work=4 * channels * size**2 * (1 + {"none": 1, "up": 4, "down": 0.25}[resample]),
+        work=moved,
         unit="GB/s",
+        intensity=NORM_FLOPS * channels * size**2 / moved,
         layout=_channels_last,
     )
 
 
 def _our_attention(qkv: Tensor, text: Tensor, *, heads: int) -> Tensor:
-    query, key, value = qkv.transpose(1, 2).unflatten(2, (heads, 3, -1)).unbind(3)
-    text_key, text_value = text.transpose(1, 2).unflatten(2, (heads, 2, -1)).unbind(3)
+    query, key, value = torch.unflatten(qkv.transpose(1, 2), 2, (heads, 3, -1)).unbind(3)
+    text_key, text_value = torch.unflatten(text.transpose(1, 2), 2, (heads, 2, -1)).unbind(3)
     y = attention(query, key, value, text_key=text_key, text_value=text_value)
     return y.flatten(2).transpose(1, 2)
 
 
 def _plain_attention(qkv: Tensor, text: Tensor, *, heads: int) -> Tensor:
-    query, key, value = qkv.unflatten(1, (heads, 3, -1)).unbind(2)  # [B, N, D, T]
-    text_key, text_value = text.unflatten(1, (heads, 2, -1)).unbind(2)
+    query, key, value = torch.unflatten(qkv, 1, (heads, 3, -1)).unbind(2)  # [B, N, D, T]
+    text_key, text_value = torch.unflatten(text, 1, (heads, 2, -1)).unbind(2)
     keys, values = torch.cat([text_key, key], dim=3), torch.cat([text_value, value], dim=3)
     root = query.shape[2] ** -0.25
     weights = torch.einsum("bnct,bncs->bnts", query * root, keys * root).softmax(dim=3)
@@ -77,13 +81,15 @@ def attention_case(channels: int, size: int, *, heads: int, text: int) -> Case:
         torch.manual_seed(0)
         return torch.randn(1, 3 * channels, size**2), torch.randn(1, 2 * channels, text)
 
+    work = 4 * channels * size**2 * (size**2 + text)
     return Case(
         name=f"attention {heads} heads {size}x{size} + {text}",
         ours=partial(_our_attention, heads=heads),
         peer=partial(_plain_attention, heads=heads),
         inputs=inputs,
-        work=4 * channels * size**2 * (size**2 + text),
+        work=work,
         unit="GFLOP/s",
+        intensity=work / (4 * channels * (4 * size**2 + 2 * text)),
         layout=_channels_last,
     )
 
@@ -96,7 +102,7 @@ def with_backward(case: Case) -> Case:
 
 def cases() -> Iterable[Case]:
     """Every level of glide-base, its resampling, its attention; each forward, then with backward."""
-    unet = PRESETS["glide-base"].unet
+    unet = preset("glide-base").unet
     text, head = unet.text.context if unet.text else 0, unet.head_channels or unet.channels
     maps = [
         (int(unet.channels * mult), unet.image_size >> level) for level, mult in enumerate(unet.channel_mult)

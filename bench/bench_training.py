@@ -1,0 +1,101 @@
+"""A training step of a small ADM: its time against eager and compiled PyTorch, and what it keeps in memory.
+
+The gate: the loss and the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import learning
+from bench.conftest import Measure
+from bench.learning import Example, Learner
+from bench.networks import INFERENCE_PEERS
+from bench.parity import NETWORK_FACTOR, ParityError, require, worst_excess
+from bench.peers.runtimes import Unavailable, forget
+from bench.rows import MEBI, Labels, MemoryRow, Record
+from bench.subject import Outputs
+from glide_fast.models import UNet
+
+BATCH, QUICK_BATCH = 8, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """The network to start from, what it learns from, and the true gradients."""
+
+    name: str
+    start: UNet
+    example: Example
+    plain: Outputs
+    exact: Outputs
+    flops: float
+
+    def gate(self, who: str, learner: Learner) -> float:
+        """The worst gradient's error as a part of what is allowed."""
+        found = learner.gradients(self.example)
+        return require(self.name, who, worst_excess(found, self.plain, self.exact, factor=NETWORK_FACTOR))
+
+
+@pytest.fixture(scope="module")
+def lesson(request: pytest.FixtureRequest) -> Lesson:
+    """A small ADM with all that its peers share."""
+    quick = request.config.getoption("--quick")
+    config = learning.small_adm(quick=quick)
+    batch = QUICK_BATCH if quick else BATCH
+    start, example = learning.network(config), Example.of(config, batch)
+    with FlopCounterMode(display=False) as counter:
+        learning.plain_learner(start, recompute_attention=False).gradients(example)
+    return Lesson(
+        name=f"training step, ADM {config.image_size} px, {config.channels} channels, batch {batch}",
+        start=start,
+        example=example,
+        plain=learning.plain_learner(start).gradients(example),
+        exact=learning.plain_learner(start, dtype=torch.float64).gradients(example.double()),
+        flops=float(counter.get_total_flops()),
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a peer; when quick, the original alone."""
+    if "peer" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        metafunc.parametrize("peer", INFERENCE_PEERS[:1] if quick else INFERENCE_PEERS)
+
+
+def test_step(peer: str, lesson: Lesson, record: Record, measure: Measure) -> None:
+    """Forward, backward, AdamW."""
+    ours = learning.our_learner(lesson.start)
+    try:
+        error = lesson.gate("ours", ours)
+    except ParityError as red:
+        record.red.append(str(red))
+        raise
+    try:
+        theirs = learning.learner(peer, lesson.start)
+        peer_error = lesson.gate(peer, theirs)
+    except (Unavailable, ParityError) as reason:
+        record.absent.append((lesson.name, peer, str(reason)))
+        pytest.skip(str(reason))
+    labels = Labels(suite="training", case=lesson.name, peer=peer, work=lesson.flops)
+    measure(
+        labels,
+        lambda: ours.step(lesson.example),
+        lambda: theirs.step(lesson.example),
+        (error, peer_error),
+    )
+    forget()
+
+
+def test_saved_activations(lesson: Lesson, record: Record) -> None:
+    """What the forward pass keeps for the backward pass."""
+    ours, theirs = (
+        learning.saved_bytes(learner, lesson.example) / MEBI
+        for learner in (learning.our_learner(lesson.start), learning.plain_learner(lesson.start))
+    )
+    case = f"activations saved by the {lesson.name}"
+    record.memory.append(MemoryRow(case=case, peer="upstream", ours=ours, theirs=theirs, unit="MiB"))

@@ -1,0 +1,133 @@
+"""What all suites share: options, the record of the run, and the comparison of a case with a peer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.machine import facts
+from bench.networks import Case
+from bench.parity import ParityError
+from bench.peers.runtimes import Unavailable, forget, prepare
+from bench.rows import Labels, Record, SpeedRow
+from bench.subject import Subject
+from bench.timing import Call, fight
+
+RECORD = pytest.StashKey[Record]()
+SECONDS, QUICK_SECONDS = 8.0, 0.5
+
+
+class Contest(NamedTuple):
+    """A case and its networks."""
+
+    name: str
+    subject: Subject
+
+
+Measure = Callable[[Labels, Call, Call, tuple[float, float]], None]
+Compare = Callable[[Contest, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The suites' options."""
+    group = parser.getgroup("glide_fast")
+    group.addoption("--quick", action="store_true", help="reduced shapes, about a minute in all")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="for the ops; networks: cpu")
+    group.addoption("--seconds", type=float, help="for the pairs of one case and peer")
+    group.addoption("--rows", type=Path, help="write the rows to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the record."""
+    config.stash[RECORD] = Record(quick=config.getoption("--quick"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the record where it is wanted."""
+    path = session.config.getoption("--rows")
+    if path is not None:
+        session.config.stash[RECORD].save(path)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each case of a module's ``cases(quick=...)`` and each of its peers."""
+    if "contest" not in metafunc.fixturenames:
+        return
+    cases: list[Case] = metafunc.module.cases(quick=metafunc.config.getoption("--quick"))
+    pairs = [(case, peer) for case in cases for peer in case.peers]
+    names = [f"{case.name} | {peer}" for case, peer in pairs]
+    metafunc.parametrize(("contest", "peer"), pairs, indirect=["contest"], ids=names, scope="module")
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """The record of the run, with the facts about this machine."""
+    record: Record = request.config.stash[RECORD]
+    record.facts = record.facts or dict(facts(request.config.getoption("--device")))
+    return record
+
+
+@pytest.fixture(scope="module")
+def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
+    """A case's networks, in memory while it is compared with its peers."""
+    case: Case = request.param
+    yield Contest(case.name, case.build())
+    gc.collect()
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> str:
+    """The name of the suite: models, of bench_models.py."""
+    return request.path.stem.removeprefix("bench_").replace("_", " ")
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, record: Record) -> Measure:
+    """Time two calls in pairs and keep the row, in the record and in pytest-benchmark's."""
+    quick = request.config.getoption("--quick")
+    seconds = request.config.getoption("--seconds") or (QUICK_SECONDS if quick else SECONDS)
+
+    def run(labels: Labels, ours: Call, theirs: Call, errors: tuple[float, float]) -> None:
+        benchmark: BenchmarkFixture = request.getfixturevalue("benchmark")
+        row = SpeedRow.of(labels, fight(benchmark, ours, theirs, seconds=seconds), errors, record.facts)
+        record.speed.append(row)
+        benchmark.group = labels.case
+        benchmark.extra_info |= {**asdict(row), **record.facts}
+
+    return run
+
+
+@pytest.fixture
+def compare(record: Record, suite: str, measure: Measure) -> Iterator[Compare]:
+    """Prepare a peer, hold both sides to the truth, then time them.
+
+    Ours being wrong fails the test; a peer that cannot do the case, or not to float32's precision, is noted.
+    """
+
+    def run(contest: Contest, peer: str) -> None:
+        name, subject = contest
+        plain = subject.plain if peer == "upstream" else subject.needed
+        try:
+            error = subject.gate(name, "ours", subject.ours())
+        except ParityError as red:
+            record.red.append(str(red))
+            raise
+        try:
+            theirs = partial(prepare(peer, plain), *plain.inputs)
+            peer_error = subject.gate(name, peer, theirs())
+        except (Unavailable, ParityError) as reason:
+            record.absent.append((name, peer, str(reason)))
+            pytest.skip(str(reason))
+        labels = Labels(suite=suite, case=name, peer=peer, work=subject.flops, intensity=subject.intensity)
+        measure(labels, subject.ours, theirs, (error, peer_error))
+
+    yield run
+    forget()
+    gc.collect()

@@ -1,0 +1,206 @@
+"""The networks that are measured: published shapes, random weights, inputs, and their plain twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import glide_fast
+from bench.peers.plain import Positional, plain_clip, plain_noisy_pictures, plain_unet
+from bench.subject import Outputs, Plain, Subject
+from glide_fast.models import CLIP, CLIPConfig, NoisyCLIP, NoisyCLIPConfig, UNet, UNetConfig
+from glide_fast.models.clip import VisionTransformerConfig
+from glide_fast.models.presets import preset
+from glide_fast.sampling import noisy_clip_gradient
+from glide_fast.text.tokenizer import get_tokenizer
+
+INFERENCE_PEERS = ("upstream", "compile", "openvino", "onnxruntime")
+TEXT_PEERS = ("upstream", "upstream, text once", "compile", "openvino", "onnxruntime")
+PROMPT = "an oil painting of a corgi"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A named subject that is built when its turn comes, and whom it is compared with."""
+
+    name: str
+    build: Callable[[], Subject]
+    peers: tuple[str, ...] = INFERENCE_PEERS
+
+
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+    """The network, ready for inference, where nothing is zero or one any more.
+
+    Published weights are not needed to measure; but zeroed branches and neutral norms would hide errors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                fan_in = parameter[0].numel()
+                parameter.normal_(std=fan_in**-0.5, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network from seed 0; the state of torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomised(build())
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normals from a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small(config: UNetConfig, *, channels: int = 64, size: int, levels: int = 2) -> UNetConfig:
+    """A narrower form with fewer levels, one block each, and two layers of text, for quick runs."""
+    text = None if config.text is None else replace(config.text, width=64, layers=2, heads=2)
+    return replace(
+        config,
+        channels=channels,
+        channel_mult=config.channel_mult[:levels],
+        image_size=size,
+        res_blocks=1,
+        head_channels=None if config.head_channels is None else 32,
+        text=text,
+    )
+
+
+def built(config: UNetConfig) -> UNet:
+    """A U-Net of this shape, accelerated as a user would."""
+    network = seeded(lambda: UNet(config))
+    if not isinstance(network, UNet):
+        raise TypeError(f"a U-Net was built, and became a {type(network).__name__}")
+    glide_fast.accelerate(network)
+    return network
+
+
+def step(config: UNetConfig, batch: int) -> Subject:
+    """One step of a U-Net without text: class labels where it has them."""
+    network = built(config)
+    x = noise(batch, config.image_channels, config.image_size, config.image_size)
+    timesteps = torch.linspace(900, 100, batch).long()
+    given = {} if config.classes is None else {"labels": torch.arange(batch) % config.classes}
+    twin = Positional(plain_unet(network), ("x", "timesteps", *given))
+
+    def ours() -> Outputs:
+        with torch.inference_mode():
+            return (network(x, timesteps, **given),)
+
+    return Subject(ours=ours, plain=Plain(module=twin, inputs=(x, timesteps, *given.values())))
+
+
+def text_step(config: UNetConfig, batch: int) -> Subject:
+    """One step of a U-Net with text: prompts in the first half of the batch, none in the second.
+
+    The original encodes the text in every step unless told to keep it; we and the others do so beforehand.
+    """
+    if config.text is None:
+        raise ValueError("this U-Net has no text; use step()")
+    network = built(config)
+    prompts = [PROMPT] * (batch - batch // 2) + [""] * (batch // 2)
+    words = get_tokenizer(config.text.tokenizer).batch(prompts, config.text.context)
+    with torch.no_grad():
+        text = network.text(words.tokens, words.mask)
+    x = noise(batch, config.image_channels, config.image_size, config.image_size)
+    timesteps = torch.full((batch,), 500)
+    low_res = (
+        noise(batch, 3, config.image_size // 4, config.image_size // 4, seed=1) if config.low_res else None
+    )
+    given = {} if low_res is None else {"low_res": low_res}
+    twin = plain_unet(network)
+    # without views of one another, which exporters do not like
+    pooled, sequence = text.pooled.clone(), text.sequence.contiguous().clone()
+
+    def ours() -> Outputs:
+        with torch.inference_mode():
+            return (network(x, timesteps, text=text, **given),)
+
+    def plain(names: tuple[str, str], values: tuple[Tensor, Tensor]) -> Plain:
+        module = Positional(twin, ("x", "timesteps", *names, *given))
+        return Plain(module=module, inputs=(x, timesteps, *values, *given.values()))
+
+    return Subject(
+        ours=ours,
+        plain=plain(("tokens", "mask"), (words.tokens, words.mask)),
+        once=plain(("pooled", "sequence"), (pooled, sequence)),
+    )
+
+
+def noisy_clip_guidance(config: NoisyCLIPConfig, batch: int) -> Subject:
+    """The gradient of the likeness of noised pictures and their texts, which guides a sampler."""
+    network = seeded(lambda: NoisyCLIP(config))
+    if not isinstance(network, NoisyCLIP):
+        raise TypeError(f"a CLIP was built, and became a {type(network).__name__}")
+    glide_fast.accelerate(network)
+    x, timesteps = noise(batch, 3, config.image_size, config.image_size), torch.full((batch,), 500)
+    texts = nn.functional.normalize(noise(batch, config.embedding, seed=1), dim=1)
+    gradient = noisy_clip_gradient(network, texts, scale=1.0)
+    twin = plain_noisy_pictures(network).requires_grad_(False)
+    plain = Plain(module=twin, inputs=(x, timesteps, texts), gradient=True)
+    return Subject(ours=lambda: (gradient(x, timesteps),), plain=plain)
+
+
+def clip_embeddings(config: CLIPConfig, batch: int) -> Subject:
+    """OpenAI's CLIP on as many pictures as texts."""
+    network = seeded(lambda: CLIP(config))
+    if not isinstance(network, CLIP):
+        raise TypeError(f"a CLIP was built, and became a {type(network).__name__}")
+    glide_fast.accelerate(network)
+    image = noise(batch, 3, config.image_size, config.image_size)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, config.vocabulary - 1, (batch, config.context), generator=generator)
+    tokens[torch.arange(batch), torch.arange(batch) % config.context] = config.vocabulary - 1
+
+    def ours() -> Outputs:
+        with torch.inference_mode():
+            return network.encode_image(image), network.encode_text(tokens)
+
+    return Subject(ours=ours, plain=Plain(module=plain_clip(network), inputs=(image, tokens)))
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """The published networks; when quick, narrow forms of them, the other runtimes on the first alone."""
+    base, upsampler = preset("glide-base").unet, preset("glide-upsample").unet
+    adm = preset("guided-64x64-diffusion").unet
+    noisy, clip = preset("glide-clip", NoisyCLIPConfig), preset("clip-vit-b-32", CLIPConfig)
+    if quick:
+        base, upsampler, adm = small(base, size=32), small(upsampler, size=64, levels=5), small(adm, size=32)
+        noisy = replace(noisy, image_heads=4, image_layers=2, text_layers=1, image_size=32)
+        vision = VisionTransformerConfig(width=128, layers=2, patch_size=32)
+        clip = replace(clip, vision=vision, width=128, layers=2, heads=2)
+    named = "small " if quick else ""
+    rows = [
+        Case(
+            name=f"{named}GLIDE {base.image_size} px base, CFG batch 2, one step",
+            build=lambda: text_step(base, 2),
+            peers=TEXT_PEERS,
+        ),
+        Case(
+            name=f"{named}GLIDE {upsampler.image_size} px upsampler, batch 1, one step",
+            build=lambda: text_step(upsampler, 1),
+            peers=TEXT_PEERS,
+        ),
+        Case(
+            name=f"{named}ADM {adm.image_size} px class-conditional, batch 4, one step",
+            build=lambda: step(adm, 4),
+        ),
+        Case(
+            name=f"{named}noise-aware CLIP, gradient for guidance, batch 4",
+            build=lambda: noisy_clip_guidance(noisy, 4),
+        ),
+        Case(
+            name=f"{named}CLIP {'ViT' if quick else 'ViT-B/32'}, pictures and texts, batch 8",
+            build=lambda: clip_embeddings(clip, 8),
+        ),
+    ]
+    if not quick:
+        return rows
+    return [rows[0], *(replace(row, peers=("upstream",)) for row in rows[1:])]

@@ -1,0 +1,140 @@
+"""Who else computes the plain networks: eager PyTorch, torch.compile, OpenVINO, ONNX Runtime.
+
+Each takes a plain network with example inputs and gives a function of such inputs. All use as many threads as
+torch, and float32 throughout. What they export or compile goes to temporary folders.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bench.subject import Outputs, Plain, answer
+
+Function: TypeAlias = Callable[..., Outputs]
+INSTALL = "pip install 'glide-fast[bench]'"
+
+
+class Unavailable(Exception):  # noqa: N818 (it is no error that a peer cannot do something)
+    """Why a peer cannot do a case."""
+
+
+def eager(plain: Plain) -> Function:
+    """PyTorch as it is."""
+    return lambda *inputs: answer(plain.module, inputs, gradient=plain.gradient)
+
+
+def compiled(plain: Plain) -> Function:
+    """torch.compile, with the weights frozen into the code where no gradient is asked for."""
+    import torch._inductor.config as settings
+
+    function = torch.compile(plain.module)
+
+    def call(*inputs: Tensor) -> Outputs:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            normal = tuple(each.clone() if each.is_inference() else each for each in inputs)
+            return answer(function, normal, gradient=plain.gradient, guard=torch.no_grad)
+
+    if plain.gradient:
+        return lambda *inputs: answer(function, inputs, gradient=True)
+    with settings.patch(freezing=True):
+        call(*plain.inputs)
+    return call
+
+
+def openvino(plain: Plain) -> Function:
+    """OpenVINO on the CPU, from an exported program."""
+    _refuse_gradients(plain)
+    try:
+        import openvino as runtime
+    except ImportError:
+        raise Unavailable(f"openvino is not installed ({INSTALL})") from None
+    model = runtime.convert_model(_exported(plain))
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = runtime.compile_model(model, "CPU", settings).create_infer_request()
+    del model
+
+    def call(*inputs: Tensor) -> Outputs:
+        results = request.infer([each.numpy() for each in inputs], share_inputs=True, share_outputs=True)
+        return tuple(torch.from_numpy(array) for array in results.values())
+
+    return call
+
+
+def onnx_runtime(plain: Plain) -> Function:
+    """ONNX Runtime on the CPU, all its graph optimisations on."""
+    _refuse_gradients(plain)
+    try:
+        import onnxruntime as runtime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError as error:
+        raise Unavailable(f"{error.name} is not installed ({INSTALL})") from None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        program = torch.onnx.export(_exported(plain), (), dynamo=True, verbose=False)
+        if program is None:
+            raise Unavailable("torch.onnx exports nothing")
+        program.save(path, external_data=True)
+        del program
+        settings = runtime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def call(*inputs: Tensor) -> Outputs:
+        given = dict(zip(names, (each.numpy() for each in inputs), strict=True))
+        return tuple(torch.from_numpy(array) for array in session.run(None, given))
+
+    return call
+
+
+PEERS: dict[str, Callable[[Plain], Function]] = {
+    "upstream": eager,
+    "upstream, text once": eager,
+    "compile": compiled,
+    "openvino": openvino,
+    "onnxruntime": onnx_runtime,
+}
+
+
+def prepare(name: str, plain: Plain) -> Function:
+    """The peer's function, run once.
+
+    Raises:
+        Unavailable: with the reason.
+    """
+    try:
+        function = PEERS[name](plain)
+        function(*plain.inputs)
+    except Unavailable:
+        raise
+    except Exception as error:  # foreign compilers fail in any way; the report says how
+        reason = str(error).strip().splitlines()[:1] or [""]
+        raise Unavailable(f"{type(error).__name__}: {reason[0][:200]}") from error
+    return function
+
+
+def forget() -> None:
+    """Free what torch.compile keeps for the process."""
+    torch._dynamo.reset()
+
+
+def _refuse_gradients(plain: Plain) -> None:
+    if plain.gradient:
+        raise Unavailable("it runs inference alone and computes no gradients")
+
+
+def _exported(plain: Plain) -> Any:
+    with torch.no_grad():
+        return torch.export.export(plain.module, plain.inputs)
