@@ -128,7 +128,7 @@ def unet_arguments(
     }
 
 
-def both(
+def model_and_diffusion(
     create: Callable[..., Network], create_diffusion: Callable[..., Spaced], names: str
 ) -> Callable[..., tuple[Network, Spaced]]:
     """A function of the options ``names`` that returns a network and its diffusion."""

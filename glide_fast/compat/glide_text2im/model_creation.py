@@ -14,7 +14,7 @@ from glide_fast.compat.glide_text2im.text2im_model import (
     Text2ImUNet,
 )
 from glide_fast.compat.glide_text2im.tokenizer.bpe import get_encoder
-from glide_fast.compat.script_options import both, channel_multiples, strides
+from glide_fast.compat.script_options import channel_multiples, model_and_diffusion, strides
 
 __all__ = [
     "create_gaussian_diffusion",
@@ -133,7 +133,7 @@ def create_gaussian_diffusion(
     )
 
 
-create_model_and_diffusion = both(
+create_model_and_diffusion = model_and_diffusion(
     create_model,
     create_gaussian_diffusion,
     """image_size num_channels num_res_blocks channel_mult num_heads num_head_channels num_heads_upsample

@@ -12,8 +12,8 @@ from glide_fast.compat.script_options import (
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
-    both,
     channel_multiples,
+    model_and_diffusion,
     spaced_diffusion,
     str2bool,
     strides,
@@ -188,7 +188,7 @@ def sr_create_model(
     return SuperResModel(image_size=large_size, **unet_arguments(locals(), large_size, UPSAMPLER_MULTIPLES))
 
 
-create_model_and_diffusion = both(
+create_model_and_diffusion = model_and_diffusion(
     create_model,
     create_gaussian_diffusion,
     """image_size class_cond learn_sigma num_channels num_res_blocks channel_mult num_heads
@@ -196,7 +196,7 @@ create_model_and_diffusion = both(
     timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint
     use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order""",
 )
-create_classifier_and_diffusion = both(
+create_classifier_and_diffusion = model_and_diffusion(
     create_classifier,
     create_gaussian_diffusion,
     """image_size classifier_use_fp16 classifier_width classifier_depth classifier_attention_resolutions
@@ -204,7 +204,7 @@ create_classifier_and_diffusion = both(
     diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps
     rescale_learned_sigmas""",
 )
-sr_create_model_and_diffusion = both(
+sr_create_model_and_diffusion = model_and_diffusion(
     sr_create_model,
     create_gaussian_diffusion,
     """large_size small_size class_cond learn_sigma num_channels num_res_blocks num_heads num_head_channels

@@ -12,7 +12,7 @@ from glide_fast.compat.script_options import (
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
-    both,
+    model_and_diffusion,
     spaced_diffusion,
     str2bool,
     unet_arguments,
@@ -110,14 +110,14 @@ def sr_create_model(
     return SuperResModel(**unet_arguments(locals(), large_size, UPSAMPLER_MULTIPLES))
 
 
-create_model_and_diffusion = both(
+create_model_and_diffusion = model_and_diffusion(
     create_model,
     create_gaussian_diffusion,
     """image_size class_cond learn_sigma sigma_small num_channels num_res_blocks num_heads
     num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule timestep_respacing
     use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint use_scale_shift_norm""",
 )
-sr_create_model_and_diffusion = both(
+sr_create_model_and_diffusion = model_and_diffusion(
     sr_create_model,
     create_gaussian_diffusion,
     """large_size small_size class_cond learn_sigma num_channels num_res_blocks num_heads
