@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,16 @@ class NonFiniteLossError(RuntimeError):
     """Training stopped because the loss is not finite; the message says where it began."""
 
 
-def explain_non_finite(model: nn.Module, evaluate: Callable[[], Tensor], step: int, timesteps: Tensor) -> str:
+class Explanation(NamedTuple):
+    """The first module with a non-finite output, if any, and what to tell a person."""
+
+    module: str | None
+    text: str
+
+
+def explain_non_finite(
+    model: nn.Module, evaluate: Callable[[], Tensor], step: int, timesteps: Tensor
+) -> Explanation:
     """Run ``evaluate`` once more with every module watched, and say what went wrong first."""
     first: list[str] = []
     hooks = [
@@ -40,7 +49,8 @@ def explain_non_finite(model: nn.Module, evaluate: Callable[[], Tensor], step: i
     if broken:
         where += f"; parameter {broken[0]} is not finite itself"
     seen = f"{int(timesteps.min())} .. {int(timesteps.max())}"
-    return f"the loss or its gradient is not finite at step {step}, timesteps {seen}: {where}"
+    text = f"the loss or its gradient is not finite at step {step}, timesteps {seen}: {where}"
+    return Explanation(first[0] if first else None, text)
 
 
 def _watch(name: str, first: list[str]) -> Callable[[nn.Module, Any, Any], None]:

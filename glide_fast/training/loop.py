@@ -146,14 +146,18 @@ class Trainer:
         return self.task.loss(self.shared, batch, t, noise)
 
     def _stop(self, batch: Batch, t: Tensor, noise: Tensor) -> None:
-        message = explain_non_finite(
-            self.model,
-            lambda: self._loss(batch, t, noise)["loss"],
-            self.state.step,
-            self.task.diffusion.model_timesteps(t),
+        explanations = self.world.objects(
+            explain_non_finite(
+                self.model,
+                lambda: self._loss(batch, t, noise)["loss"],
+                self.state.step,
+                self.task.diffusion.model_timesteps(t),
+            )
         )
-        saved = self.state.saved(self.directory)
-        raise NonFiniteLossError(f"{message}; the last checkpoint is {saved or 'not there yet'}")
+        rank, found = next((each for each in enumerate(explanations) if each[1].module), (0, explanations[0]))
+        where = f"process {rank}: " if len(explanations) > 1 else ""
+        saved = self.state.saved(self.directory) or "not there yet"
+        raise NonFiniteLossError(f"{where}{found.text}; the last checkpoint is {saved}")
 
     def save(self) -> None:
         """Write the EMA weights as a model file with its config, the loss curve and the checkpoint.

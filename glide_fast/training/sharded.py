@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -87,7 +88,7 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: a file of it is broken or missing, or it has other entries.
     """
     try:
-        load_shards(tensors, checkpoint_id=folder)
+        load_shards(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, RuntimeError) as error:
         reasons = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
         raise ValueError(f"{folder} is not a readable checkpoint: {next(iter(reasons))[0]}") from error

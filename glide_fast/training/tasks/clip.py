@@ -20,6 +20,7 @@ from glide_fast.models.configs import Config
 from glide_fast.models.noisy_clip import NoisyCLIP, NoisyCLIPConfig
 from glide_fast.text.framing import framed, tokenizer_size
 from glide_fast.training.config import TrainConfig
+from glide_fast.training.distributed import everybodys, first_row
 from glide_fast.training.draws import Draws
 from glide_fast.training.tasks.diffusion import mirror
 from glide_fast.training.tasks.task import Batch
@@ -31,12 +32,12 @@ LARGEST_SCALE = 100.0
 class LearningCLIP(NoisyCLIP):
     """A noise-aware CLIP whose scale of the similarities is learned, up to 100."""
 
-    logit_scale: nn.Parameter  # type: ignore[assignment]  # its logarithm
+    logit_scale: nn.Parameter  # type: ignore[assignment]  # its logarithm [1]: FSDP knows no scalars
 
     def __init__(self, config: NoisyCLIPConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config)
         del self.logit_scale
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(FIRST_SCALE)]))
         self.compute_dtype = compute_dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
@@ -93,8 +94,9 @@ class ClipTask:
         pictures, texts, scale = model(
             x_t, self.diffusion.model_timesteps(t), batch.tokens, batch.mask.sum(1)
         )
-        own = torch.arange(len(pictures), device=pictures.device)
-        of_pictures, of_texts = scale * pictures @ texts.T, scale * texts @ pictures.T  # [B, B]
+        own = torch.arange(len(pictures), device=pictures.device) + first_row(len(pictures))
+        of_pictures = scale * pictures @ everybodys(texts).T  # [B / processes, B]
+        of_texts = scale * texts @ everybodys(pictures).T
         to_text, to_picture = (
             F.cross_entropy(logits, own, reduction="none") for logits in (of_pictures, of_texts)
         )
