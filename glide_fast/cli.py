@@ -37,7 +37,7 @@ from glide_fast.models.clip import CLIPConfig
 from glide_fast.models.presets import published
 from glide_fast.sampling.pipeline import EMBEDDED, UPSAMPLER_OPTIONS, StageOptions, TextToImage
 from glide_fast.text.tokenizer import get_tokenizer
-from glide_fast.training import NonFiniteLossError, TrainConfig, train
+from glide_fast.training import LostProcessError, NonFiniteLossError, TrainConfig, train
 
 EMOJI = "emoji"
 LARGEST_COUNT = 10_000
@@ -389,7 +389,7 @@ def main() -> None:
         command.run()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NonFiniteLossError, LostProcessError) as error:
         sys.exit(f"glide-fast: {error}")
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from glide_fast.files import replacing
 
-__all__ = ["center_square", "grid", "load_image", "save_png", "to_tensor", "to_uint8"]
+__all__ = ["center_square", "decode_image", "grid", "load_image", "save_png", "to_tensor", "to_uint8"]
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -29,10 +30,15 @@ def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"picture {os.fspath(path)!r} does not exist or is not a file")
+    return decode_image(path, os.fspath(path))
+
+
+def decode_image(file: str | os.PathLike[str] | BinaryIO, name: str) -> NDArray[np.uint8]:
+    """As :func:`load_image` for an open file too; ``name`` stands in the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(file) as opened:
                 opened.load()
                 picture = ImageOps.exif_transpose(opened)
         return _to_rgb(picture)
@@ -45,7 +51,7 @@ def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        raise ValueError(f"cannot read picture {os.fspath(path)!r}: {error}") from error
+        raise ValueError(f"cannot read picture {name!r}: {error}") from error
 
 
 def center_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

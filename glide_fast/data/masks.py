@@ -68,4 +68,4 @@ def stroke_mask(size: int, generator: np.random.Generator) -> Mask:
             for x, y in (point, end):
                 draw.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=0)
             point = end
-    return np.asarray(picture).copy()
+    return np.array(picture, dtype=np.uint8)

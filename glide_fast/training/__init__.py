@@ -2,6 +2,7 @@
 
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.diagnose import NonFiniteLossError
+from glide_fast.training.distributed import LostProcessError
 from glide_fast.training.loop import train
 
-__all__ = ["NonFiniteLossError", "TrainConfig", "train"]
+__all__ = ["LostProcessError", "NonFiniteLossError", "TrainConfig", "train"]

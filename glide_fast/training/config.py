@@ -17,14 +17,16 @@ SECTIONS: dict[TaskName, str] = {"classifier": "classifier", "clip": "clip"}  # 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """``source``: "emoji" or a folder of captioned pictures; ``hold_out`` keeps emoji's test set unseen.
+    """``source``: "emoji", a folder of captioned pictures, or webdataset shards, such as "a/{000..099}.tar".
 
-    ``flip`` mirrors half of the pictures, for data whose captions know no left and right.
+    ``hold_out`` keeps emoji's test set unseen. ``flip`` mirrors half of the pictures, for data whose captions
+    know no left and right. ``window`` is the number of samples among which those of a shard are shuffled.
     """
 
     source: str = "emoji"
     hold_out: bool = True
     flip: bool = False
+    window: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,11 @@ class TrainConfig:
             return self.classifier.trunk.out_channels
         return None if self.model is None else self.model.unet.classes
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the task learns from captions."""
+        return self.clip is not None or (self.model is not None and self.model.unet.text is not None)
+
     def _rules(self) -> Iterator[tuple[bool, str]]:
         samples = self.samples
         yield self.batch >= 1, f"batch {self.batch} must be at least 1"
@@ -162,6 +169,7 @@ class TrainConfig:
         yield 0 <= self.optimizer.ema < 1, f"optimizer.ema {self.optimizer.ema} must be in [0, 1)"
         yield self.steps >= 1, f"steps {self.steps} must be at least 1"
         yield self.save_every >= 1, f"save_every {self.save_every} must be at least 1"
+        yield self.data.window >= 1, f"data.window {self.data.window} must be at least 1"
         yield samples.every >= 1, f"samples.every {samples.every} must be at least 1"
         yield samples.count >= 0, f"samples.count {samples.count} must be at least 0"
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +15,12 @@ from glide_fast.data import emoji
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.folder import load_dataset
 from glide_fast.data.labels import labelled
+from glide_fast.data.shards import Example, Lane, Position, RawSample, decode, is_shards, list_shards
 from glide_fast.training.config import TrainConfig
 
 Rows = NDArray[np.int64]
+MOST_LANES = 64
+MOST_FAILURES = 1000  # samples that cannot be read, one after another
 
 
 class Source(Protocol):
@@ -52,6 +59,109 @@ class Memory:
         pass
 
 
+class Shards:
+    """Shards dealt to lanes; each fills a part of its own of every batch.
+
+    The lanes are as many for any number of processes, which read those that their places belong to.
+    """
+
+    pictures: CaptionedPictures | None = None
+
+    def __init__(self, config: TrainConfig) -> None:
+        shards = list_shards(config.data.source)
+        batch = config.batch
+        most = min(len(shards), MOST_LANES)
+        count = max(number for number in range(1, most + 1) if batch % number == 0)
+        self._each = batch // count  # pictures of a batch from one lane
+        self._lanes = [
+            Lane(shards=shards, number=number, lanes=count, seed=config.seed, window=config.data.window)
+            for number in range(count)
+        ]
+        self._size = config.image_size
+        self._classes = config.classes
+        self._needed = "cls" if self._classes is not None else "txt" if config.reads_captions else None
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._ahead: tuple[int, slice, Future[_Taken]] | None = None
+        self._positions: dict[str, list[int]] = {}
+
+    def take(self, step: int, part: slice) -> CaptionedPictures:
+        """As :class:`Source`; the next step's pictures are read in the background meanwhile.
+
+        Raises:
+            OSError, ValueError: nothing can be read from a shard, or from all of a lane; names it.
+        """
+        if self._ahead is None or self._ahead[:2] != (step, part):
+            self._ahead = step, part, self._reader.submit(self._read, part)
+        taken = self._ahead[2].result()
+        self._ahead = step + 1, part, self._reader.submit(self._read, part)
+        self._positions |= taken.positions
+        return taken.pictures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position behind the last step taken of each lane that this process reads."""
+        return dict(self._positions)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, position in state.items():
+            self._lanes[int(name)].position = Position(*position)
+        self._positions = dict(state)
+
+    def _read(self, part: slice) -> _Taken:
+        first, last = part.start // self._each, -(-part.stop // self._each)
+        examples = [example for lane in self._lanes[first:last] for example in self._of_lane(lane)]
+        examples = examples[part.start - first * self._each : part.stop - first * self._each]
+        pictures = CaptionedPictures(
+            images=np.stack([each.picture for each in examples]),
+            captions=[each.caption for each in examples],
+            names=[each.name for each in examples],
+            labels=np.array([each.label for each in examples], dtype=np.int64),
+        )
+        positions = {str(lane.number): list(lane.position) for lane in self._lanes[first:last]}
+        return _Taken(pictures, positions)
+
+    def _of_lane(self, lane: Lane) -> list[Example]:
+        """The lane's next pictures; those that cannot be read are named in a warning, and others taken."""
+        found: list[Example] = []
+        failures = 0
+        while len(found) < self._each:
+            samples = [lane.next() for _ in range(self._each - len(found))]
+            for example in self._decoders.map(self._decoded, samples):
+                if isinstance(example, ValueError):
+                    failures += 1
+                    warnings.warn(f"{example}; left out", stacklevel=2)
+                    if failures > MOST_FAILURES:
+                        raise ValueError(f"more than {MOST_FAILURES} samples one after another: {example}")
+                else:
+                    found.append(example)
+                    failures = 0
+        return found
+
+    def _decoded(self, sample: RawSample) -> Example | ValueError:
+        try:
+            example = decode(sample, self._size, needed=self._needed)
+        except ValueError as error:
+            return error
+        if self._classes is not None and not 0 <= example.label < self._classes:
+            name, label = example.name, example.label
+            return ValueError(f"class {label} of sample {name!r} is none of the model's {self._classes}")
+        return example
+
+
+class _Taken(NamedTuple):
+    pictures: CaptionedPictures
+    positions: dict[str, list[int]]
+
+
+def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``state_dict`` of a source from those of all processes: of each lane, how far anybody has come."""
+    found: dict[str, Any] = {}
+    for state in states:
+        for name, position in state.items():
+            found[name] = max(position, found.get(name, position))
+    return found
+
+
 def rows_of_step(step: int, batch: int, count: int, seed: int) -> Rows:
     """The ``batch`` pictures (of ``count``) that a step sees; every epoch is a new permutation of all."""
     positions = np.arange(step * batch, (step + 1) * batch)
@@ -65,6 +175,8 @@ def rows_of_step(step: int, batch: int, count: int, seed: int) -> Rows:
 
 def open_source(config: TrainConfig) -> Source:
     """The pictures of a config, without the held-out captions where it says so."""
+    if is_shards(config.data.source):
+        return Shards(config)
     pictures = load_dataset(config.data.source, config.image_size)
     if config.data.source == "emoji" and config.data.hold_out:
         pictures = emoji.split(pictures)[0]

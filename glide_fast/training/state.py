@@ -23,7 +23,7 @@ from glide_fast.training import sharded
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.distributed import World
 from glide_fast.training.ema import ExponentialMovingAverage
-from glide_fast.training.sources import Source
+from glide_fast.training.sources import Source, merged
 
 FILE = "checkpoint.pt"
 ENTRIES = ("config", "step", "model", "ema", "optimizer", "timesteps")
@@ -72,7 +72,7 @@ class TrainingState:
             "step": self.step,
             "timesteps": self.timesteps.state_dict(),
             "unlogged": self.unlogged,
-            "source": {name: value for position in positions for name, value in position.items()},
+            "source": merged(positions),
         }
         if self.is_sharded:
             sharded.save(directory, self.step, self.tensors(), values, self.world)
