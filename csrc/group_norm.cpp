@@ -5,24 +5,14 @@
 // reference's arithmetic, rounded once at the end); all else, float64 above all, goes to the reference op.
 #include "group_norm.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <numeric>
-#include <optional>
 #include <tuple>
-#include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace glide_fast {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t LANES_OF_WIDEST_ISA = 16;
 constexpr int64_t COEFFICIENTS = 4;            // arrays of a channels-last block
@@ -115,19 +105,10 @@ OptionalTensor as_film(const OptionalTensor& film) {
 
 template <typename Problem>
 void set_film(Problem& problem, const OptionalTensor& scale, const OptionalTensor& shift) {
-    problem.scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
-    problem.shift = shift ? static_cast<const float*>(shift->const_data_ptr()) : nullptr;
+    problem.scale = data(scale);
+    problem.shift = data(shift);
     problem.scale_stride = scale ? scale->stride(0) : 0;
     problem.shift_stride = shift ? shift->stride(0) : 0;
-}
-
-const float* data(const Tensor& tensor) {
-    return static_cast<const float*>(tensor.const_data_ptr());
-}
-
-Tensor empty(std::vector<int64_t> sizes, MemoryFormat format = MemoryFormat::Contiguous,
-             ScalarType type = ScalarType::Float) {
-    return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -179,9 +160,9 @@ Three group_norm(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, Opt
     problem.weight = data(weight);
     problem.bias = data(bias);
     set_film(problem, scale, shift);
-    problem.output = static_cast<float*>(output.mutable_data_ptr());
-    problem.mean = static_cast<float*>(mean.mutable_data_ptr());
-    problem.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+    problem.output = mutable_data(output);
+    problem.mean = mutable_data(mean);
+    problem.rstd = mutable_data(rstd);
     run(problem, current_isa().group_norm->forward);
     return {as_type(output, type), mean, rstd};
 }
@@ -197,10 +178,10 @@ ParameterGradients parameter_gradients(const GroupNormBackward& problem, bool fi
     std::vector<int64_t> film_sizes = {0};
     if (film) film_sizes = {batch, channels};
     ParameterGradients gradients{empty({channels}), empty({channels}), empty(film_sizes), empty(film_sizes)};
-    float* weight = static_cast<float*>(gradients.weight.mutable_data_ptr());
-    float* bias = static_cast<float*>(gradients.bias.mutable_data_ptr());
-    float* scale = static_cast<float*>(gradients.scale.mutable_data_ptr());
-    float* shift = static_cast<float*>(gradients.shift.mutable_data_ptr());
+    float* weight = mutable_data(gradients.weight);
+    float* bias = mutable_data(gradients.bias);
+    float* scale = mutable_data(gradients.scale);
+    float* shift = mutable_data(gradients.shift);
     std::vector<double> weight_sum(channels), bias_sum(channels);
     for (int64_t picture = 0; picture < batch; ++picture)
         for (int64_t channel = 0; channel < channels; ++channel) {
@@ -260,7 +241,7 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     set_film(problem, scale, shift);
     problem.mean = data(mean);
     problem.rstd = data(rstd);
-    problem.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
+    problem.grad_x = mutable_data(grad_x);
     problem.grad_sum = sums.data();
     problem.grad_normal_sum = sums.data() + problem.shape.batch * problem.shape.channels;
     run(problem, current_isa().group_norm->backward);

@@ -54,10 +54,18 @@ struct Scratch {
     double* doubles;
 };
 
+// Channels-last pixels: mean and sum of squared deviations of each channel.
+struct ChannelMoments {
+    const float* x;  // [pixels, channels]
+    int64_t pixels, channels;
+    double *mean, *squares;  // [channels]
+};
+
 // One table for each ISA; `begin` and `end` select tasks.
 struct GroupNormKernels {
     void (*forward)(const GroupNormForward&, const GroupNormTasks&, int64_t begin, int64_t end, Scratch);
     void (*backward)(const GroupNormBackward&, const GroupNormTasks&, int64_t begin, int64_t end, Scratch);
+    void (*channel_moments)(const ChannelMoments&);
 };
 
 }  // namespace glide_fast

@@ -26,13 +26,18 @@ void backward(const GroupNormBackward& problem, const GroupNormTasks& tasks, int
         (problem.shape.silu ? planar::backward<true> : planar::backward<false>)(problem, begin, end, scratch);
 }
 
+void channel_moments(const glide_fast::ChannelMoments& problem) {
+    channels_last::moments_of(problem.x, problem.pixels, problem.channels, problem.channels, problem.mean,
+                              problem.squares);
+}
+
 }  // namespace
 
 namespace glide_fast {
 namespace GLIDE_FAST_ISA {
 
 extern const GroupNormKernels group_norm_kernels;
-const GroupNormKernels group_norm_kernels = {forward, backward};
+const GroupNormKernels group_norm_kernels = {forward, backward, channel_moments};
 
 }  // namespace GLIDE_FAST_ISA
 }  // namespace glide_fast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "group_norm.h"
+#include "moments.h"
 #include "vector.h"
 
 namespace {
@@ -13,23 +14,6 @@ using glide_fast::Scratch;
 
 inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
-}
-
-// Mean and sum of squared deviations of a growing set, without cancellation (Chan, Golub & LeVeque 1983).
-struct Moments {
-    double count = 0, mean = 0, squares = 0;
-
-    void add(double other_count, double other_mean, double other_squares) {
-        const double total = count + other_count;
-        const double delta = other_mean - mean;
-        mean += delta * (other_count / total);
-        squares += other_squares + delta * delta * (count * other_count / total);
-        count = total;
-    }
-};
-
-inline double inverse_deviation(const Moments& moments, double eps) {
-    return 1.0 / __builtin_sqrt(moments.squares / moments.count + eps);
 }
 
 // z = ((x - mean) * rstd) * gain + offset, for one channel of one picture: affine map and FiLM in one.

@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "convolution.h"
 #include "group_norm.h"
+#include "linear.h"
 
 namespace glide_fast {
 
@@ -12,6 +14,8 @@ struct Isa {
     const char* name;
     bool (*supported)();
     const GroupNormKernels* group_norm;
+    const ConvolutionKernels* convolution;
+    const LinearKernels* linear;
 };
 
 // The variants that were compiled and that this CPU can run, slowest first.

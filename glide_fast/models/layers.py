@@ -42,12 +42,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight.to(x.dtype), bias)
 
 
 class _FollowsInput(nn.modules.conv._ConvNd):
     def forward(self, x: Tensor) -> Tensor:  # [B, in, *space] -> [B, out, *space]
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1):
+            return ops.norm_convolution(x, self.weight.to(x.dtype), bias)
         return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
 
@@ -75,8 +77,8 @@ class PointwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
-        return F.linear(x, self.weight.squeeze(-1).to(x.dtype), self.bias.to(x.dtype))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, in] -> [B, T, out]
+        return ops.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype), residual=residual)
 
 
 class GroupNorm(nn.Module):
@@ -116,6 +118,46 @@ class GroupNorm(nn.Module):
             activation=activation,
             resample=resample,
         )
+
+
+def activated_convolution(
+    norm: GroupNorm,
+    convolution: nn.Module,
+    x: Tensor,  # [B, C, *space]
+    *,
+    skip: Tensor | None = None,  # [B, S, *space]
+    shift: Tensor | None = None,  # [B, out]
+    film: tuple[Tensor, Tensor] | None = None,  # [B, C + S] each
+    resample: Resample = "none",
+    residual: Tensor | None = None,  # [B, out, *resampled space]
+) -> Tensor:
+    """GroupNorm of x and ``skip``, FiLM, SiLU, resampling, convolution; ``shift`` and ``residual`` are added.
+
+    One operation, if the convolution is one of this file's; a layer that someone put in its place is called.
+    """
+    scale, offset = (None, None) if film is None else film
+    volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
+    if type(convolution) not in CONVOLUTIONS.values() or volume:
+        joined = x if skip is None else torch.cat([x, skip], dim=1)
+        h = norm(joined, scale=scale, shift=offset, activation="silu", resample=resample)
+        h = convolution(h)
+        h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
+        return h if residual is None else h + residual
+    own: Any = convolution
+    bias = own.bias.to(x.dtype)
+    return ops.norm_convolution(
+        x,
+        own.weight.to(x.dtype),
+        bias if shift is None else bias + shift,
+        skip=skip,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        groups=norm.groups,
+        scale=scale,
+        shift=offset,
+        resample=resample,
+        residual=residual,
+    )
 
 
 def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
@@ -194,21 +236,44 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else convolution(channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B, C, H, W], embedding [B or 1, E] with its SiLU already applied -> [B, out, H', W']."""
-        h: Tensor = self.in_layers["0"](x, activation="silu", resample=self.resample)
-        h = self.in_layers["2"](h)
-        modulation = self.emb_layers["1"](embedding).to(h.dtype).expand(len(h), -1)
-        if self.scale_shift_norm:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.out_layers["0"](h, scale=scale, shift=shift, activation="silu")
-        else:
-            h = self.out_layers["0"](
-                h + modulation.view(*modulation.shape, *[1] * (h.dim() - 2)), activation="silu"
-            )
-        h = self.out_layers["3"](self.out_layers["2"](h))
-        skip: Tensor = self.skip_connection(resample_nearest(x, self.resample))
-        return skip + h
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], embedding [B or 1, E] with its SiLU already applied -> [B, out, H', W'].
+
+        ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
+        """
+        modulation = self.emb_layers["1"](embedding).to(x.dtype).expand(len(x), -1)
+        film = modulation.chunk(2, dim=1) if self.scale_shift_norm else None
+        h = activated_convolution(
+            self.in_layers["0"],
+            self.in_layers["2"],
+            x,
+            skip=skip,
+            shift=modulation if film is None else None,
+            resample=self.resample,
+        )
+        residual = self._residual(x, skip)
+        norm, dropout, convolution = self.out_layers.values()
+        if dropout.p and self.training:
+            scale, shift = (None, None) if film is None else film
+            h = dropout(norm(h, scale=scale, shift=shift, activation="silu"))
+            return residual + convolution(h)  # type: ignore[no-any-return]
+        return activated_convolution(norm, convolution, h, film=film, residual=residual)
+
+    def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        layer = self.skip_connection
+        x = resample_nearest(x, self.resample)
+        if type(layer) is Conv2d and layer.kernel_size == (1, 1):
+            tokens = pixels_as_tokens(x)
+            second = None if skip is None else pixels_as_tokens(skip)
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second)
+            return y.transpose(1, 2).unflatten(2, x.shape[2:])
+        return layer(x if skip is None else torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
+
+
+def pixels_as_tokens(x: Tensor) -> Tensor:
+    """[B, C, *space] -> [B, T, C], a view where x is channels-last."""
+    return x.flatten(2).transpose(1, 2)
 
 
 class AttentionBlock(nn.Module):
@@ -237,14 +302,14 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], text [B, S, text_channels] -> [B, C, H, W]."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, T, C], a view where x is channels-last
+        tokens = pixels_as_tokens(self.norm(x))
         query, key, value = self._split(self.qkv(tokens), 3)
         text_key = text_value = None
         if self.encoder_kv is not None and text is not None:
             text_key, text_value = self._split(self.encoder_kv(text), 2)
         attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
-        projected: Tensor = self.proj_out(attended.flatten(2))
-        return x + projected.transpose(1, 2).view_as(x)
+        y: Tensor = self.proj_out(attended.flatten(2), residual=pixels_as_tokens(x))
+        return y.transpose(1, 2).view_as(x)
 
     def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, T, N·parts·D] -> ``parts`` views [B, T, N, D], laid out by head or by part."""

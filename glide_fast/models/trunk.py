@@ -77,20 +77,24 @@ class UNetConfig:
 class Stage(nn.ModuleList):
     """Layers applied in order, each given what it needs besides the activations.
 
+    ``skip`` is more of the input, [B, S, *space], which the first layer, a residual block, takes beside x.
     With ``recompute`` their activations are not kept for the backward pass but computed again in it.
     """
 
     recompute = False
 
-    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, text: Tensor | None, skip: Tensor | None = None
+    ) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layers, x, embedding, text, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._layers(x, embedding, text)
+            return checkpoint(self._layers, x, embedding, text, skip, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._layers(x, embedding, text, skip)
 
-    def _layers(self, x: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
+    def _layers(self, x: Tensor, embedding: Tensor, text: Tensor | None, skip: Tensor | None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
+                x = layer(x, embedding, skip)
+                skip = None
             elif isinstance(layer, AttentionBlock):
                 x = layer(x, text)
             else:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
-from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, zeroed
+from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, activated_convolution, zeroed
 from glide_fast.models.trunk import Trunk, UNetConfig
 
 
@@ -23,7 +23,7 @@ class OutputLayers(nn.ModuleDict):
         super().__init__({"0": GroupNorm(channels, config.norm_groups), "2": zeroed(convolution)})
 
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, out_channels, H, W]
-        return self["2"](self["0"](x, activation="silu"))  # type: ignore[no-any-return]
+        return activated_convolution(self["0"], self["2"], x)
 
 
 class UNet(Trunk):
@@ -116,7 +116,7 @@ class UNet(Trunk):
     def _body(self, h: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
         *skips, h = self.encode(h, embedding, text)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, text)
+            h = stage(h, embedding, text, skips.pop())
         return h
 
     def _check_conditions(

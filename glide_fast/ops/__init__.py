@@ -4,13 +4,17 @@ Importing this package loads the compiled C++ library and the Triton kernels whe
 were not, the reference serves, and `implementations()` says why.
 """
 
-from glide_fast.ops import attention_cpu
+from glide_fast.ops import attention_cpu, convolution_cpu, linear_cpu
 from glide_fast.ops.attention import attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
 from glide_fast.ops.group_norm import Activation, Resample, group_norm
+from glide_fast.ops.linear import linear
+from glide_fast.ops.norm_convolution import norm_convolution
 
-attention_cpu.register()
 load_compiled()
+attention_cpu.register()
+convolution_cpu.register()
+linear_cpu.register()
 
 __all__ = [
     "Activation",
@@ -19,5 +23,7 @@ __all__ = [
     "attention",
     "group_norm",
     "implementations",
+    "linear",
+    "norm_convolution",
     "use_reference",
 ]

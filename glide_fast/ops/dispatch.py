@@ -49,8 +49,15 @@ _served: dict[tuple[str, str], tuple[str, str]] = {}
 _missing = dict.fromkeys(DEVICE_KEYS, "no library was loaded")
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define op `name` with its default (the reference) and its fake; returns the callable overload.
+def define(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    default: Callable[..., Any] | None = None,
+) -> Any:
+    """Define op `name` with its default and its fake; returns the callable overload.
 
     The reference can also be called as op `name`_reference, which no device overrides: compiled code hands
     over to it what it does not serve itself.
@@ -60,10 +67,12 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
         schema: arguments and returns, "(Tensor x) -> Tensor".
         reference: plain PyTorch on the op's own arguments; it defines what is correct.
         fake: returns empty tensors of the right shapes, dtypes and strides.
+        default: serves devices that have nothing of their own, if that is not the reference: what is made
+            of other ops, each served by the device's best.
     """
-    for op in (name, f"{name}_reference"):
+    for op, function in ((name, default or reference), (f"{name}_reference", reference)):
         LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(op, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=LIBRARY)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     _references[overload] = reference

@@ -1,12 +1,14 @@
 """How many FLOPs the ops take, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 As everywhere in that counter only matrix products count, a multiplication and an addition as two; GroupNorm
-takes none. Attention's backward pass computes the scores again and has four more products. Importing this
+takes none, and a convolution counts as if it were computed directly. Attention's backward pass computes the
+scores again and has four more products. Importing this
 module tells the counter; nothing else does, because the counter takes as long to import as all the ops.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,3 +47,42 @@ def _attention_backward(
     out_shape: Any = None,  # noqa: ARG001
 ) -> int:
     return BACKWARD_PRODUCTS * attention_product(query, text_key)
+
+
+def _product(output: torch.Size, weight: torch.Size) -> int:
+    """FLOPs of an output [B, K, *space] or [..., K], each number of which takes a row of the weight."""
+    return 2 * math.prod(output) * math.prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.glide_fast.norm_convolution)
+def _norm_convolution(*shapes: Any, out_shape: Any = None) -> int:
+    return _product(out_shape[0], shapes[9])
+
+
+@register_flop_formula(torch.ops.glide_fast.norm_convolution_backward)
+def _norm_convolution_backward(
+    grad: torch.Size,
+    *rest: Any,
+    out_shape: Any = None,  # noqa: ARG001
+) -> int:
+    weight, _bias, needs_x, needs_weight = rest[10:]
+    return (needs_x + needs_weight) * _product(grad, weight)
+
+
+@register_flop_formula(torch.ops.glide_fast.linear)
+def _linear(
+    _x: torch.Size, _second: torch.Size | None, weight: torch.Size, *_rest: Any, out_shape: Any = None
+) -> int:
+    return _product(out_shape, weight)
+
+
+@register_flop_formula(torch.ops.glide_fast.linear_backward)
+def _linear_backward(
+    grad: torch.Size,
+    _x: torch.Size,
+    weight: torch.Size,
+    needs_x: bool,
+    needs_weight: bool,
+    out_shape: Any = None,  # noqa: ARG001
+) -> int:
+    return (needs_x + needs_weight) * _product(grad, weight)

@@ -21,14 +21,15 @@ from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 Activation = Literal["none", "silu"]
 Resample = Literal["none", "up", "down"]
 _ACTIVATIONS = {"none": False, "silu": True}
-_RESAMPLES = {
+RESAMPLES = {
     "none": reference.RESAMPLE_NONE,
     "up": reference.RESAMPLE_UP,
     "down": reference.RESAMPLE_DOWN,
 }
 
 
-def _resampled_shape(x: Tensor, mode: int) -> list[int]:
+def resampled_shape(x: Tensor, mode: int) -> list[int]:
+    """The shape of x after resampling by ``mode``."""
     if mode == reference.RESAMPLE_UP:
         return [*x.shape[:2], *(2 * size for size in x.shape[2:])]
     if mode == reference.RESAMPLE_DOWN:
@@ -47,7 +48,7 @@ def _fake_forward(
     silu: bool,  # noqa: ARG001
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = x.new_empty(_resampled_shape(x, mode)).contiguous(memory_format=reference.memory_format(x))
+    output = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=reference.memory_format(x))
     statistics = (x.shape[0], groups)
     dtype = reference.compute_dtype(x.dtype)
     return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
@@ -128,19 +129,20 @@ def _autograd(keyset: Any, *args: Any) -> Any:
 differentiable("group_norm", _autograd)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int
+def check(
+    channels: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
 ) -> None:
-    if x.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; give [B, C, *space] with 1, 2 or 3 dimensions of space"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
-    batch, channels = x.shape[:2]
+    """Raise ``ValueError`` if a norm of so many channels of x does not fit its parameters or its FiLM."""
+    batch = x.shape[0]
     if groups < 1 or channels % groups:
         raise ValueError(f"{channels} channels are not divisible into {groups} groups; change one of them")
-    if 0 in x.shape[1:]:
+    if channels == 0 or 0 in x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}; only the batch may be empty")
     for name, values in (("weight", weight), ("bias", bias)):
         if values.shape != (channels,):
@@ -188,12 +190,18 @@ def group_norm(
     Raises:
         ValueError: shapes that do not fit, channels that are not divisible by groups, or an unknown choice.
     """
-    _check(x, weight, bias, scale, shift, groups)
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; give [B, C, *space] with 1, 2 or 3 dimensions of space"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
+    check(x.shape[1], x, weight, bias, scale, shift, groups)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(_ACTIVATIONS)}")
-    if resample not in _RESAMPLES:
-        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(_RESAMPLES)}")
-    mode = _RESAMPLES[resample]
+    if resample not in RESAMPLES:
+        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(RESAMPLES)}")
+    mode = RESAMPLES[resample]
     if mode == reference.RESAMPLE_DOWN and 1 in x.shape[2:]:
         raise ValueError(
             f"space {tuple(x.shape[2:])} is too small to halve; each dimension must be at least 2"

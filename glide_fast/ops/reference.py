@@ -148,6 +148,127 @@ def group_norm_backward(
     )
 
 
+def norm_convolution(
+    x: Tensor,  # [B, C, *space]
+    skip: Tensor | None,  # [B, S, *space]
+    norm_weight: Tensor | None,  # [C + S]
+    norm_bias: Tensor | None,  # [C + S]
+    scale: Tensor | None,  # [B, C + S]
+    shift: Tensor | None,  # [B, C + S]
+    groups: int,
+    eps: float,
+    mode: int,
+    weight: Tensor,  # [K, C + S, *odd sizes]
+    bias: Tensor | None,  # [K] or [B, K]
+    residual: Tensor | None,  # [B, K, *space]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G]."""
+    dtype = compute_dtype(x.dtype)
+    x = (x if skip is None else torch.cat([x, skip], dim=1)).to(dtype)
+    mean = rstd = x.new_empty(0)
+    if norm_weight is None or norm_bias is None:
+        x = resample(x, mode)
+    else:
+        x, mean, rstd = group_norm(x, norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
+    y = _convolution(x, weight.to(dtype))
+    for summand in (None if bias is None else per_channel(bias.to(dtype), x.ndim), residual):
+        y = y if summand is None else y + summand.to(dtype)
+    layout = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
+    return y.to(weight.dtype).contiguous(memory_format=layout), mean, rstd
+
+
+def _convolution(x: Tensor, weight: Tensor) -> Tensor:
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
+    return convolution(x, weight, padding=[size // 2 for size in weight.shape[2:]])  # type: ignore[operator, no-any-return]
+
+
+def norm_convolution_backward(
+    grad: Tensor,  # [B, K, *space]
+    x: Tensor,  # [B, C, *space]
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    mode: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, norm_weight, norm_bias, scale, shift, weight, bias; empty where not needed."""
+    dtype = compute_dtype(x.dtype)
+    nothing, wide = x.new_empty(0), x.to(dtype)
+    if norm_weight is None or norm_bias is None:
+        activated = resample(wide, mode)
+    else:
+        activated = group_norm(wide, norm_weight, norm_bias, scale, shift, groups, eps, True, mode)[0]
+    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+    padding = [size // 2 for size in weight.shape[2:]]
+    grad_activated, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad.to(dtype),
+        activated,
+        weight.to(dtype),
+        None,
+        ones,
+        padding,
+        ones,
+        False,
+        zeros,
+        1,
+        [True, True, False],
+    )
+    inner = (nothing,) * 5
+    if needs_x and norm_weight is not None and norm_bias is not None:
+        inner = group_norm_backward(
+            grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
+        )
+    elif needs_x:
+        inner = (resample_backward(grad_activated, mode, x.shape[2:]), *inner[1:])
+    grad_bias = nothing
+    if bias is not None:
+        dims = [dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)]
+        grad_bias = grad.to(dtype).sum(dims).to(bias.dtype)
+    grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing
+    return grad_x, *inner[1:], grad_weight.to(weight.dtype) if needs_weight else nothing, grad_bias
+
+
+def linear(
+    x: Tensor,  # [..., C]
+    second: Tensor | None,  # [..., S]
+    weight: Tensor,  # [K, C + S, *ones]
+    bias: Tensor | None,  # [K]
+    residual: Tensor | None,  # [..., K]
+) -> Tensor:
+    """[x, second] weight^T + bias + residual, [..., K]."""
+    dtype = compute_dtype(x.dtype)
+    y = (x if second is None else torch.cat([x, second], dim=-1)).to(dtype) @ weight.flatten(1).to(dtype).t()
+    for summand in (bias, residual):
+        y = y if summand is None else y + summand.to(dtype)
+    return y.to(x.dtype)
+
+
+def linear_backward(
+    grad: Tensor,  # [..., K]
+    x: Tensor,  # [..., C]
+    weight: Tensor,  # [K, C, *ones]
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; empty where not needed."""
+    dtype = compute_dtype(x.dtype)
+    flat = grad.to(dtype).reshape(-1, grad.shape[-1])
+    grad_x = (grad.to(dtype) @ weight.flatten(1).to(dtype)).to(x.dtype) if needs_x else x.new_empty(0)
+    grad_weight = x.new_empty(0)
+    if needs_weight:
+        grad_weight = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
+        grad_weight = grad_weight.to(weight.dtype).view(weight.shape)
+    return grad_x, grad_weight
+
+
 def _attention_inputs(
     query: Tensor, key: Tensor, value: Tensor, text_key: Tensor | None, text_value: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

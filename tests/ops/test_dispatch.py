@@ -12,10 +12,27 @@ from typing import Any
 import pytest
 import torch
 
-from glide_fast.ops import dispatch, group_norm, implementations, reference, use_reference
+from glide_fast.ops import (
+    dispatch,
+    group_norm,
+    implementations,
+    linear,
+    norm_convolution,
+    reference,
+    use_reference,
+)
 from tests.ops import attention_cases, group_norm_cases
 
-OPS = ("attention", "attention_backward", "group_norm", "group_norm_backward")
+OPS = (
+    "attention",
+    "attention_backward",
+    "group_norm",
+    "group_norm_backward",
+    "linear",
+    "linear_backward",
+    "norm_convolution",
+    "norm_convolution_backward",
+)
 LIBRARY = dispatch.cpp_library()
 needs_cpp = pytest.mark.skipif(LIBRARY is None, reason="the C++ library is not built")
 NORM = group_norm_cases.Case(shape=(2, 33, 7, 5), groups=3, film=True, activation="silu", resample="down")
@@ -46,6 +63,9 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
     with use_reference():
         group_norm_cases.differentiate(NORM.ours, NORM.inputs())
         attention_cases.differentiate(attention_cases.ours, ATTENTION.inputs())
+        x, weight = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
+        norm_convolution(x, weight).sum().backward()
+        linear(x, torch.randn(2, 5)).sum().backward()
     assert calls == dict.fromkeys(OPS, 1)
 
 

@@ -1,0 +1,202 @@
+// 3x3 convolution of channels-last float32 maps by Winograd's method: shapes, chunks and threads. The
+// arithmetic is in the kernels of the chosen ISA. Called from glide_fast/ops/convolution_cpu.py, which
+// checks.
+#include "convolution.h"
+
+#include <algorithm>
+
+#include "isa.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "tensors.h"
+
+namespace glide_fast {
+namespace {
+
+// Transformed tiles of a chunk: few enough for the caches, many enough to use each weight often.
+constexpr int64_t CHUNK_FLOATS = 3 << 19;
+constexpr int64_t CHUNK_TILES = 128;
+constexpr int64_t TASKS_PER_THREAD = 2;
+constexpr int64_t TRANSFORM_OPERATIONS = 8;  // about what a transformed number costs
+
+// Of the products of one panel with so many tiles.
+int64_t product_operations(const Convolution& problem, int64_t tiles) {
+    return 2 * problem.positions() * tiles * problem.channels * CONVOLUTION_PANEL;
+}
+
+// Calls `work(chunk, memory)` for one chunk after the other, its input transformed. `memory` has room for
+// another transform, of rows `other_stride` floats long.
+template <typename Work>
+void for_each_chunk(const Convolution& problem, int64_t other_stride, Work work) {
+    const ConvolutionKernels& kernels = *current_isa().convolution;
+    const int64_t tile_stride = spread_stride(problem.channels);
+    const int64_t fitting = CHUNK_FLOATS / (problem.positions() * (tile_stride + other_stride));
+    const int64_t step = std::max<int64_t>(1, std::min(fitting, CHUNK_TILES) / problem.tiles_across());
+    const int64_t rows = problem.batch * problem.tile_rows(), chunks = divide_up(rows, step);
+    for (int64_t number = 0; number < chunks; ++number) {
+        TileChunk chunk;
+        chunk.begin = rows * number / chunks;
+        chunk.end = rows * (number + 1) / chunks;
+        chunk.tile_stride = tile_stride;
+        chunk.position_stride = chunk.tiles(problem) * tile_stride + CACHE_LINE_FLOATS;
+        const int64_t size = problem.positions() * chunk.position_stride;
+        const int64_t other = problem.positions() * (chunk.tiles(problem) * other_stride + CACHE_LINE_FLOATS);
+        chunk.transformed = scratch_memory<ScratchUse::SHARED>(size + other);
+        for_each_task(divide_up(problem.channels, kernels.lanes),
+                      problem.positions() * chunk.tiles(problem) * kernels.lanes * TRANSFORM_OPERATIONS,
+                      [&](int64_t begin, int64_t end) {
+                          float* scratch =
+                              scratch_memory<ScratchUse::OWN>(kernels.input_scratch(problem, chunk));
+                          kernels.transform_input(problem, chunk, begin, end, scratch);
+                      });
+        work(chunk, chunk.transformed + size);
+    }
+}
+
+void convolve(const Convolution& problem) {
+    const ConvolutionKernels& kernels = *current_isa().convolution;
+    for_each_chunk(problem, 0, [&](const TileChunk& chunk, float*) {
+        const int64_t tiles = chunk.tiles(problem);
+        const int64_t wanted = TASKS_PER_THREAD * static_cast<int64_t>(torch::stable::get_num_threads());
+        const int64_t parts = std::min(divide_up(wanted, problem.panels()), tiles);
+        for_each_task(problem.panels() * parts, product_operations(problem, tiles) / parts,
+                      [&](int64_t begin, int64_t end) {
+                          float* scratch = scratch_memory<ScratchUse::OWN>(
+                              kernels.output_scratch(problem, divide_up(tiles, parts)));
+                          kernels.multiply(problem, chunk, parts, begin, end, scratch);
+                      });
+    });
+}
+
+WeightLayout layout_of(const Tensor& weight, bool transposed) {
+    WeightLayout layout{data(weight),     weight.size(0),   weight.size(1),  weight.stride(0),
+                        weight.stride(1), weight.stride(2), weight.stride(3)};
+    if (transposed) {  // the gradient of the input: roles exchanged, the kernel turned by 180 degrees
+        layout.data += 2 * layout.row_stride + 2 * layout.column_stride;
+        std::swap(layout.out_channels, layout.channels);
+        std::swap(layout.out_stride, layout.in_stride);
+        layout.row_stride = -layout.row_stride;
+        layout.column_stride = -layout.column_stride;
+    }
+    return layout;
+}
+
+void pack_into(const WeightLayout& layout, int64_t tile, float* packed) {
+    const int64_t panels = divide_up(layout.out_channels, CONVOLUTION_PANEL);
+    for_each_task(panels,
+                  layout.channels * CONVOLUTION_PANEL * (tile + 2) * (tile + 2) * TRANSFORM_OPERATIONS,
+                  [&](int64_t begin, int64_t end) {
+                      current_isa().convolution->transform_weight(layout, tile, packed, begin, end);
+                  });
+}
+
+std::vector<int64_t> packed_sizes(const WeightLayout& layout, int64_t tile) {
+    return {divide_up(layout.out_channels, CONVOLUTION_PANEL), (tile + 2) * (tile + 2), layout.channels,
+            CONVOLUTION_PANEL};
+}
+
+Tensor pack_convolution(Tensor weight, int64_t tile) {
+    const WeightLayout layout = layout_of(weight, false);
+    Tensor packed = empty(packed_sizes(layout, tile));
+    pack_into(layout, tile, mutable_data(packed));
+    return packed;
+}
+
+// All of the problem but weights, output and what is added to it.
+Convolution problem_of(const Tensor& x, const OptionalTensor& skip, const OptionalTensor& gain,
+                       const OptionalTensor& offset, int64_t mode, int64_t out_channels, int64_t tile) {
+    Convolution problem{};
+    problem.batch = x.size(0);
+    problem.sources[0] = {data(x), x.size(1)};
+    problem.sources[1] = {data(skip), skip ? skip->size(1) : 0};
+    problem.channels = problem.sources[0].channels + problem.sources[1].channels;
+    problem.out_channels = out_channels;
+    problem.source_height = problem.height = x.size(2);
+    problem.source_width = problem.width = x.size(3);
+    problem.resample = static_cast<Resample>(mode);
+    if (problem.resample == Resample::UP) problem.height *= 2, problem.width *= 2;
+    if (problem.resample == Resample::DOWN) problem.height /= 2, problem.width /= 2;
+    problem.gain = data(gain);
+    problem.offset = data(offset);
+    problem.tile = tile;
+    return problem;
+}
+
+Tensor convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalTensor offset, int64_t mode,
+                   Tensor weight, OptionalTensor packed, int64_t tile, bool transposed, OptionalTensor bias,
+                   OptionalTensor residual) {
+    const WeightLayout layout = layout_of(weight, transposed);
+    Convolution problem = problem_of(x, skip, gain, offset, mode, layout.out_channels, tile);
+    if (packed) {
+        problem.weight = data(*packed);
+    } else {
+        int64_t size = 1;
+        for (const int64_t length : packed_sizes(layout, tile)) size *= length;
+        float* memory = scratch_memory<ScratchUse::WEIGHTS>(size);
+        pack_into(layout, tile, memory);
+        problem.weight = memory;
+    }
+    problem.bias = data(bias);
+    problem.bias_stride = bias && bias->dim() == 2 ? bias->stride(0) : 0;
+    problem.residual = data(residual);
+    Tensor output = empty({problem.batch, problem.out_channels, problem.height, problem.width},
+                          MemoryFormat::ChannelsLast);
+    problem.output = mutable_data(output);
+    convolve(problem);
+    return output;
+}
+
+Tensor convolution_weight_gradient(Tensor grad, Tensor x, OptionalTensor gain, OptionalTensor offset,
+                                   int64_t mode, int64_t tile) {
+    const Convolution problem = problem_of(x, std::nullopt, gain, offset, mode, grad.size(1), tile);
+    const ConvolutionKernels& kernels = *current_isa().convolution;
+    Tensor weight = empty({problem.out_channels, problem.channels, 3, 3});
+    WeightGradient gradient{};
+    gradient.grad = data(grad);
+    gradient.sums = scratch_memory<ScratchUse::WEIGHTS>(problem.panels() * problem.positions() *
+                                                        problem.channels * CONVOLUTION_PANEL);
+    gradient.tile_stride = spread_stride(problem.panels() * CONVOLUTION_PANEL);
+    gradient.first = true;
+    for_each_chunk(problem, gradient.tile_stride, [&](const TileChunk& chunk, float* memory) {
+        gradient.transformed = memory;
+        gradient.position_stride = chunk.tiles(problem) * gradient.tile_stride + CACHE_LINE_FLOATS;
+        const int64_t vectors = problem.panels() * CONVOLUTION_PANEL / kernels.lanes;
+        for_each_task(vectors,
+                      problem.positions() * chunk.tiles(problem) * kernels.lanes * TRANSFORM_OPERATIONS,
+                      [&](int64_t begin, int64_t end) {
+                          kernels.transform_gradient(problem, chunk, gradient, begin, end);
+                      });
+        for_each_task(problem.panels() * problem.positions(),
+                      product_operations(problem, chunk.tiles(problem)) / problem.positions(),
+                      [&](int64_t begin, int64_t end) {
+                          kernels.multiply_gradient(problem, chunk, gradient, begin, end);
+                      });
+        gradient.first = false;
+    });
+    float* target = mutable_data(weight);
+    for_each_task(
+        problem.panels(), problem.channels * CONVOLUTION_PANEL * problem.positions() * TRANSFORM_OPERATIONS,
+        [&](int64_t begin, int64_t end) { kernels.finish_gradient(problem, gradient, target, begin, end); });
+    return weight;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
+    library.def("pack_convolution(Tensor weight, int tile) -> Tensor");
+    library.def(
+        "convolution(Tensor x, Tensor? skip, Tensor? gain, Tensor? offset, int mode, Tensor weight, "
+        "Tensor? packed, int tile, bool transposed, Tensor? bias, Tensor? residual) -> Tensor");
+    library.def(
+        "convolution_weight_gradient(Tensor grad, Tensor x, Tensor? gain, Tensor? offset, int mode, int "
+        "tile) "
+        "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glide_fast, CPU, library) {
+    library.impl("pack_convolution", TORCH_BOX(&pack_convolution));
+    library.impl("convolution", TORCH_BOX(&convolution));
+    library.impl("convolution_weight_gradient", TORCH_BOX(&convolution_weight_gradient));
+}
+
+}  // namespace glide_fast

@@ -1,0 +1,153 @@
+// The 3x3 convolution's kernels for one ISA: products in Winograd's domain and the way back.
+#include "convolution_gradient.h"
+#include "convolution_tiles.h"
+#include "product.h"
+
+namespace {
+
+using glide_fast::WeightLayout;
+
+static_assert(PANEL == glide_fast::CONVOLUTION_PANEL, "one panel for all");
+
+constexpr int64_t SPREAD =
+    glide_fast::CACHE_LINE_FLOATS;  // between positions, against conflicts in the cache
+
+// [positions, tiles, PANEL] of products -> pixels of the output, with bias and residual.
+template <int64_t TILE>
+void transform_tile(const Convolution& problem, const float* products, int64_t position_stride,
+                    int64_t tile_row, int64_t tile_column, int64_t channel) {
+    constexpr int64_t SIZE = TILE + 2;
+    const int64_t picture = tile_row / problem.tile_rows(), out_channels = problem.out_channels;
+    const int64_t y0 = tile_row % problem.tile_rows() * TILE, x0 = tile_column * TILE;
+    const int64_t rows = smaller(TILE, problem.height - y0), columns = smaller(TILE, problem.width - x0);
+    const int64_t corner = ((picture * problem.height + y0) * problem.width + x0) * out_channels + channel;
+    for (int64_t lane = 0; lane < PANEL && channel + lane < out_channels; lane += LANES) {
+        const int64_t lanes = smaller(LANES, out_channels - channel - lane);
+        Vector horizontal[SIZE][TILE];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < SIZE; ++i) {
+            Vector m[SIZE];
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < SIZE; ++j)
+                m[j] = load(products + (i * SIZE + j) * position_stride + lane);
+            Winograd<TILE>::output(m, horizontal[i]);
+        }
+        Vector bias{};
+        if (problem.bias != nullptr)
+            bias = load_first(problem.bias + picture * problem.bias_stride + channel + lane, lanes);
+        for (int64_t x = 0; x < columns; ++x) {
+            Vector m[SIZE], result[TILE];
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < SIZE; ++i) m[i] = horizontal[i][x];
+            Winograd<TILE>::output(m, result);
+            for (int64_t y = 0; y < rows; ++y) {
+                const int64_t at = corner + (y * problem.width + x) * out_channels + lane;
+                Vector value = result[y] + bias;
+                if (lanes == LANES) {
+                    if (problem.residual != nullptr) value += load(problem.residual + at);
+                    store(problem.output + at, value);
+                } else {
+                    if (problem.residual != nullptr) value += load_first(problem.residual + at, lanes);
+                    store_first(problem.output + at, value, lanes);
+                }
+            }
+        }
+    }
+}
+
+int64_t output_scratch(const Convolution& problem, int64_t tiles) {
+    return problem.positions() * (tiles * PANEL + SPREAD);
+}
+
+template <int64_t TILE>
+void multiply(const Convolution& problem, const TileChunk& chunk, int64_t parts, int64_t begin, int64_t end,
+              float* products) {
+    constexpr int64_t POSITIONS = (TILE + 2) * (TILE + 2);
+    const int64_t all = chunk.tiles(problem), across = problem.tiles_across();
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = task / parts, part = task % parts;
+        const int64_t first = all * part / parts, tiles = all * (part + 1) / parts - first;
+        const int64_t stride = tiles * PANEL + SPREAD;
+        for (int64_t position = 0; position < POSITIONS; ++position) {
+            const float* a = chunk.transformed + position * chunk.position_stride + first * chunk.tile_stride;
+            const float* b = problem.weight + (panel * POSITIONS + position) * problem.channels * PANEL;
+            multiply_panel({a, chunk.tile_stride, 1}, tiles, b, PANEL, problem.channels,
+                           products + position * stride, PANEL, false);
+        }
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            transform_tile<TILE>(problem, products + tile * PANEL, stride,
+                                 chunk.begin + (first + tile) / across, (first + tile) % across,
+                                 panel * PANEL);
+    }
+}
+
+template <int64_t TILE>
+void transform_weight(const WeightLayout& weight, float* packed, int64_t begin, int64_t end) {
+    constexpr int64_t SIZE = TILE + 2;
+    for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t channel = 0; channel < weight.channels; ++channel)
+            for (int64_t lane = 0; lane < PANEL; lane += LANES) {
+                const int64_t first = panel * PANEL + lane;
+                Vector g[3][3] = {};
+                for (int64_t i = 0; i < LANES && first + i < weight.out_channels; ++i) {
+                    const float* source =
+                        weight.data + (first + i) * weight.out_stride + channel * weight.in_stride;
+                    for (int64_t row = 0; row < 3; ++row)
+                        for (int64_t column = 0; column < 3; ++column)
+                            g[row][column][i] =
+                                source[row * weight.row_stride + column * weight.column_stride];
+                }
+                Vector horizontal[3][SIZE];
+                for (int64_t row = 0; row < 3; ++row) Winograd<TILE>::weight(g[row], horizontal[row]);
+                for (int64_t x = 0; x < SIZE; ++x) {
+                    const Vector column[3] = {horizontal[0][x], horizontal[1][x], horizontal[2][x]};
+                    Vector result[SIZE];
+                    Winograd<TILE>::weight(column, result);
+                    for (int64_t y = 0; y < SIZE; ++y)
+                        store(packed +
+                                  ((panel * SIZE * SIZE + y * SIZE + x) * weight.channels + channel) * PANEL +
+                                  lane,
+                              result[y]);
+                }
+            }
+}
+
+void any_transform_input(const Convolution& problem, const TileChunk& chunk, int64_t begin, int64_t end,
+                         float* scratch) {
+    (problem.tile == 4 ? transform_input<4> : transform_input<2>)(problem, chunk, begin, end, scratch);
+}
+
+void any_multiply(const Convolution& problem, const TileChunk& chunk, int64_t parts, int64_t begin,
+                  int64_t end, float* scratch) {
+    (problem.tile == 4 ? multiply<4> : multiply<2>)(problem, chunk, parts, begin, end, scratch);
+}
+
+void any_transform_weight(const WeightLayout& weight, int64_t tile, float* packed, int64_t begin,
+                          int64_t end) {
+    (tile == 4 ? transform_weight<4> : transform_weight<2>)(weight, packed, begin, end);
+}
+
+void any_transform_gradient(const Convolution& problem, const TileChunk& chunk,
+                            const WeightGradient& gradient, int64_t begin, int64_t end) {
+    (problem.tile == 4 ? transform_gradient<4> : transform_gradient<2>)(problem, chunk, gradient, begin, end);
+}
+
+void any_finish_gradient(const Convolution& problem, const WeightGradient& gradient, float* weight,
+                         int64_t begin, int64_t end) {
+    (problem.tile == 4 ? finish_gradient<4> : finish_gradient<2>)(problem, gradient, weight, begin, end);
+}
+
+}  // namespace
+
+namespace glide_fast {
+namespace GLIDE_FAST_ISA {
+
+extern const ConvolutionKernels convolution_kernels;
+const ConvolutionKernels convolution_kernels = {
+    input_scratch,          output_scratch,    LANES,
+    any_transform_input,    any_multiply,      any_transform_weight,
+    any_transform_gradient, multiply_gradient, any_finish_gradient,
+};
+
+}  // namespace GLIDE_FAST_ISA
+}  // namespace glide_fast

@@ -1,0 +1,80 @@
+// Small matrix products out of registers, the core of convolution and linear layers. Compiled for each ISA.
+//
+// A product is PANEL columns wide: B is a panel [depth, PANEL] in memory (or any matrix by its row stride).
+// Rows of A are broadcast element by element, so A may lie in any strides. The accumulators are arrays that
+// are unrolled completely; they stay in registers (look at the assembly after a change).
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t PANEL = 32;  // columns of a packed panel, on every ISA: packed weights can change hands
+constexpr int64_t WIDTH = 2 * LANES;
+// Partial sums over so many products are added up: the error of a sum then grows with depth / 32.
+constexpr int64_t PARTIAL_DEPTH = 32;
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int64_t MAX_ROWS = 12;  // of 32 registers 24 accumulate
+#else
+constexpr int64_t MAX_ROWS = 6;  // of 16 registers 12 accumulate
+#endif
+static_assert(PANEL % WIDTH == 0, "a panel is made of whole steps");
+
+struct Matrix {
+    const float* data;
+    int64_t row, column;  // strides
+};
+
+// C [ROWS, WIDTH] = A [ROWS, depth] B [depth, WIDTH], or added to what C holds.
+template <int64_t ROWS>
+void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool add) {
+    for (int64_t begin = 0; begin < depth; begin += PARTIAL_DEPTH) {
+        const int64_t end = begin + PARTIAL_DEPTH < depth ? begin + PARTIAL_DEPTH : depth;
+        Vector left[ROWS] = {}, right[ROWS] = {};
+        for (int64_t k = begin; k < end; ++k) {
+            const Vector first = load(b + k * b_row), second = load(b + k * b_row + LANES);
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < ROWS; ++row) {
+                const Vector value = splat(a.data[row * a.row + k * a.column]);
+                left[row] += value * first;
+                right[row] += value * second;
+            }
+        }
+        const bool keep = add || begin > 0;
+#pragma GCC unroll 16
+        for (int64_t row = 0; row < ROWS; ++row) {
+            float* target = c + row * c_row;
+            store(target, keep ? load(target) + left[row] : left[row]);
+            store(target + LANES, keep ? load(target + LANES) + right[row] : right[row]);
+        }
+    }
+}
+
+using Product = void (*)(Matrix, const float*, int64_t, int64_t, float*, int64_t, bool);
+
+template <int64_t... ROWS>
+struct Products {
+    static constexpr Product BY_ROWS[] = {nullptr, product<ROWS>...};
+};
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+using AllProducts = Products<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+#else
+using AllProducts = Products<1, 2, 3, 4, 5, 6>;
+#endif
+
+// C [rows, PANEL] = A [rows, depth] B [depth, PANEL], or added to what C holds. Any number of rows: they are
+// cut into steps as equal as possible, because a step of few rows uses few accumulators.
+inline void multiply_panel(Matrix a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
+                           int64_t c_row, bool add) {
+    int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t row = 0; row < rows; --steps) {
+        const int64_t count = (rows - row + steps - 1) / steps;
+        const Matrix block = {a.data + row * a.row, a.row, a.column};
+        for (int64_t column = 0; column < PANEL; column += WIDTH)
+            AllProducts::BY_ROWS[count](block, b + column, b_row, depth, c + row * c_row + column, c_row,
+                                        add);
+        row += count;
+    }
+}
+
+}  // namespace

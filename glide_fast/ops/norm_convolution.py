@@ -1,0 +1,338 @@
+"""A same-size convolution with what is around it: GroupNorm, FiLM, SiLU and resampling before, a sum after.
+
+    y = conv(resample(SiLU(FiLM(GroupNorm([x, skip]))))) + bias + residual
+
+This is half a residual block (ADM, arXiv 2105.05233, section 3). Of what lies between ``x`` and ``y`` the
+backward pass gets nothing but the statistics: the normalised and activated map is computed again there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glide_fast.ops import group_norm as norm
+from glide_fast.ops import reference
+from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+from glide_fast.ops.group_norm import RESAMPLES, Resample
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def concatenated(x: Tensor, skip: Tensor | None) -> Tensor:
+    """The input's two parts side by side."""
+    return x if skip is None else torch.cat([x, skip], dim=1)
+
+
+def padding_of(weight: Tensor) -> list[int]:
+    """The padding that keeps the size."""
+    return [size // 2 for size in weight.shape[2:]]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """conv(x) + bias + residual, channels-last; ``bias`` is [K] or [B, K]."""
+    function: Any = _CONVOLUTIONS[x.ndim]
+    common = bias if bias is not None and bias.ndim == 1 else None
+    y: Tensor = function(x, weight, common, padding=padding_of(weight))
+    if bias is not None and bias.ndim == 2:
+        y = y + reference.per_channel(bias, x.ndim)
+    y = y if residual is None else y + residual
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _activated(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is convolved, and the statistics; by the device's own group norm."""
+    if norm_weight is None or norm_bias is None:
+        return reference.resample(x, mode), x.new_empty(0), x.new_empty(0)
+    activated: tuple[Tensor, Tensor, Tensor] = norm.FORWARD(
+        x, norm_weight, norm_bias, scale, shift, groups, eps, True, mode
+    )
+    return activated
+
+
+def composed(
+    x: Tensor,
+    skip: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    mode: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op out of the device's group norm and PyTorch's convolution."""
+    y, mean, rstd = _activated(concatenated(x, skip), norm_weight, norm_bias, scale, shift, groups, eps, mode)
+    return convolve(y, weight, bias, residual), mean, rstd
+
+
+def bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of ``bias``: the sum over space, and over the batch if all pictures share it."""
+    if bias is None:
+        return grad.new_empty(0)
+    dims = [dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)]
+    return grad.sum(dims)
+
+
+def composed_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    mode: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients out of the device's group norm and PyTorch's convolution."""
+    y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
+    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+    grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, y, weight, None, ones, padding_of(weight), ones, False, zeros, 1, [needs_x, needs_weight, False]
+    )
+    grad_weight = weight.new_empty(0) if grad_weight is None else grad_weight
+    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
+    return (*inner, grad_weight, bias_gradient(grad, bias))
+
+
+def before_convolution(
+    grad: Tensor | None,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of what is convolved: those of x, the norm's weight and bias, scale and shift."""
+    nothing = x.new_empty(0)
+    if grad is None:
+        return (nothing,) * 5
+    if norm_weight is None or norm_bias is None:
+        return reference.resample_backward(grad, mode, x.shape[2:]), *(nothing,) * 4
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
+        grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
+    )
+    return gradients
+
+
+def _fake_forward(
+    x: Tensor,
+    skip: Tensor | None,  # noqa: ARG001 (a fake has the op's signature)
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,  # noqa: ARG001
+    scale: Tensor | None,  # noqa: ARG001
+    shift: Tensor | None,  # noqa: ARG001
+    groups: int,
+    eps: float,  # noqa: ARG001
+    mode: int,
+    weight: Tensor,
+    bias: Tensor | None,  # noqa: ARG001
+    residual: Tensor | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = norm.resampled_shape(x, mode)
+    output = x.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(memory_format=_layout(x))
+    statistics = (0,) if norm_weight is None else (x.shape[0], groups)
+    dtype = x.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
+    return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    rstd: Tensor,  # noqa: ARG001
+    groups: int,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    mode: int,  # noqa: ARG001
+    weight: Tensor,
+    bias: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
+
+    inner = (like(tensor, needs_x) for tensor in (norm_weight, norm_bias, scale, shift))
+    grad_x = like(x, needs_x)
+    if needs_x:
+        grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
+    grad_bias = x.new_empty(0) if bias is None else grad.new_empty(bias.shape)
+    return grad_x, *inner, like(weight, needs_weight), grad_bias
+
+
+FORWARD = define(
+    "norm_convolution",
+    "(Tensor x, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
+    " int groups, float eps, int mode, Tensor weight, Tensor? bias, Tensor? residual)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)",
+    reference.norm_convolution,
+    _fake_forward,
+    default=composed,
+)
+BACKWARD = define(
+    "norm_convolution_backward",
+    "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
+    " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
+    " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.norm_convolution_backward,
+    _fake_backward,
+    default=composed_backward,
+)
+
+
+class _NormConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, rstd = FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, None, *args)
+        *film, groups, eps, mode, weight, bias, _residual = args
+        ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
+        ctx.settings = groups, eps, mode
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return output, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 13
+        *saved, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        needs_x, needs_weight = any(needs[:5]), needs[8]
+        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight)
+        inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
+        grad_weight = gradients[5] if needs_weight else None
+        grad_bias = gradients[6] if needs[9] else None
+        return None, *inner, None, None, None, grad_weight, grad_bias, grad if needs[10] else None
+
+
+def _autograd(keyset: Any, x: Tensor, skip: Tensor | None, *args: Any) -> Any:
+    tensors = (x, skip, *(each for each in args if isinstance(each, Tensor)))
+    if needs_gradient(tensors):
+        return _NormConvolution.apply(keyset, concatenated(x, skip), *args)  # type: ignore[no-untyped-call]
+    return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, skip, *args)
+
+
+differentiable("norm_convolution", _autograd)
+
+
+def _check(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    shape: list[int],
+) -> None:
+    if x.ndim not in _CONVOLUTIONS or not x.is_floating_point():
+        raise ValueError(
+            f"x is {x.dtype} with shape {tuple(x.shape)}; give floating-point [B, C, *space] with 1, 2 or 3 "
+            f"dimensions of space"
+        )
+    if skip is not None and (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
+        raise ValueError(f"skip {tuple(skip.shape)} must have the batch and the space of x {tuple(x.shape)}")
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    odd = all(size % 2 for size in weight.shape[2:])
+    if weight.ndim != x.ndim or weight.shape[1] != channels or not odd:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; x and skip need [K, {channels}, *odd sizes] of "
+            f"{x.ndim - 2} dimensions"
+        )
+    output = (x.shape[0], weight.shape[0], *shape[2:])
+    if bias is not None and bias.shape not in (output[1:2], output[:2]):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; give [{output[1]}] or {list(output[:2])}")
+    if residual is not None and residual.shape != output:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; the output's is {output}")
+    for name, each in (("skip", skip), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if each is not None and each.dtype is not x.dtype:
+            raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
+
+
+def norm_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    resample: Resample = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Convolve, with padding that keeps the size, what GroupNorm, FiLM, SiLU and 2x resampling make of x.
+
+    Statistics are computed in fp32 (fp64 for fp64 input).
+
+    Args:
+        x: [B, C, *space], space of 1-3 dimensions.
+        weight: [K, C (+ S), *odd sizes].
+        bias: [K], or [B, K] (a timestep's own), or None.
+        skip: [B, S, *space], more channels of the input, behind those of x.
+        norm_weight: [C + S], with ``norm_bias``; without them there is neither norm nor SiLU.
+        norm_bias: [C + S].
+        groups: number of groups of the norm; divides C + S.
+        eps: added to the variance.
+        scale: [B, C + S], FiLM's factor minus one; together with shift, or None.
+        shift: [B, C + S], FiLM's summand.
+        resample: what happens to each dimension of space before the convolution: "up" repeats every pixel,
+            "down" averages pairs, "none".
+        residual: like the output, added to it.
+
+    Returns:
+        [B, K, *resampled space] in the dtype of x; maps and volumes are channels-last. Differentiable once.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or an unknown choice.
+    """
+    if resample not in RESAMPLES:
+        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(RESAMPLES)}")
+    mode = RESAMPLES[resample]
+    _check(x, skip, weight, bias, residual, norm.resampled_shape(x, mode))
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias belong together; give both or neither")
+    if norm_weight is not None and norm_bias is not None:
+        norm.check(weight.shape[1], x, norm_weight, norm_bias, scale, shift, groups)
+    elif scale is not None or shift is not None:
+        raise ValueError("scale and shift modulate a norm; give norm_weight and norm_bias as well")
+    output: Tensor = FORWARD(
+        x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
+    )[0]
+    return output
