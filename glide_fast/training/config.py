@@ -15,6 +15,10 @@ TaskName = Literal["base", "upsampler", "inpaint", "inpaint_upsampler", "adm", "
 SECTIONS: dict[TaskName, str] = {"classifier": "classifier", "clip": "clip"}  # the others': "model"
 
 
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(2, number + 1) if number % divisor == 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """``source``: "emoji", a folder of captioned pictures, or webdataset shards, such as "a/{000..099}.tar".
@@ -185,6 +189,20 @@ class TrainConfig:
                 not self.samples.prompts and not self.samples.count,
                 f"task {self.task!r} draws no pictures; leave samples.prompts and samples.count out",
             )
+        if self.clip is not None:
+            steps, timesteps = self.noise.steps, self.clip.timesteps
+            yield (
+                timesteps == steps,
+                f"clip.timesteps {timesteps} must be noise.steps {steps}: each has its own embedding",
+            )
+        yield (
+            self.section != "model" or self.noise == NoiseConfig(),
+            f"task {self.task!r} noises pictures as [model] says; leave [noise] out",
+        )
+        yield (
+            self.task.startswith("inpaint") or self.masks == MaskConfig(),
+            f"task {self.task!r} hides no part of a picture; leave [masks] out",
+        )
         yield (
             self.task != "clip" or self.accumulate == 1,
             f"accumulate {self.accumulate} must be 1 for task 'clip', which compares all pictures of a batch "
@@ -221,7 +239,7 @@ class TrainConfig:
             "an upsampler is low_res, a base model is not",
         )
         yield (
-            self.low_res.factor >= 2 and unet.image_size % self.low_res.factor == 0,
+            not unet.low_res or self.low_res.factor in _divisors(unet.image_size),
             f"low_res.factor {self.low_res.factor} must be a divisor of model.unet.image_size "
             f"{unet.image_size}, at least 2",
         )

@@ -29,9 +29,17 @@ class ExponentialMovingAverage:
         """The averaged weights, by parameter name."""
         return self.average
 
-    def whole(self) -> dict[str, Tensor]:
-        """The averaged weights, gathered where they are sharded; every process must ask for them."""
-        return {name: whole(tensor) for name, tensor in self.average.items()}
+    def whole(self, *, keep: bool) -> dict[str, Tensor]:
+        """The averaged weights, gathered on the CPU where they are sharded, for processes that ``keep`` them.
+
+        Every process must ask for them at the same time.
+        """
+        found = {}
+        for name, tensor in self.average.items():
+            gathered = whole(tensor)
+            if keep:
+                found[name] = gathered if gathered is tensor else gathered.cpu()
+        return found
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from averaged weights."""

@@ -164,7 +164,7 @@ class Trainer:
 
         The checkpoint comes last: what a kill prevents is done again by the resumed run.
         """
-        average = self.state.ema.whole()
+        average = self.state.ema.whole(keep=self.world.rank == 0)
 
         def write() -> None:
             save_model(self.directory / "model.safetensors", *self.task.export(average))
@@ -175,8 +175,10 @@ class Trainer:
         self.state.save(self.directory, self.config)
 
     def draw_samples(self) -> None:
-        """Write a grid of pictures painted with the EMA weights, if the task has any."""
-        average = self.state.ema.whole()
+        """Write a grid of pictures painted with the EMA weights, if the config asks for any."""
+        if not (self.config.samples.prompts or self.config.samples.count):
+            return
+        average = self.state.ema.whole(keep=self.world.rank == 0)
 
         def write() -> None:
             pictures = self.task.samples(average)

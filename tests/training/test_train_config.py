@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from glide_fast.config import from_dict
-from glide_fast.training.config import SampleConfig, TrainConfig
+from glide_fast.data.masks import MaskConfig
+from glide_fast.training.config import DataConfig, LowResConfig, NoiseConfig, SampleConfig, TrainConfig
 from tests.training.tiny import tiny_config
 
 
@@ -49,6 +50,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"caption_drop": 1.0}, r"caption_drop 1\.0 must be in \[0, 1\)"),
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"save_every": 0}, "save_every 0 must be at least 1"),
+        ({"samples": SampleConfig(count=-1)}, r"samples\.count -1 must be at least 0"),
+        ({"data": DataConfig(window=0)}, r"data\.window 0 must be at least 1"),
         ({"samples": SampleConfig(every=0)}, r"samples\.every 0 must be at least 1"),
         (
             {"samples": SampleConfig(prompts=("sun",), steps=21)},
@@ -73,6 +76,21 @@ def test_the_task_and_the_model_must_agree_on_low_res(task: str) -> None:
     model = tiny_config(Path("pictures"), task=other).model
     with pytest.raises(ValueError, match=f"task '{task}' and model.unet.low_res = .* do not fit"):
         tiny_config(Path("pictures"), task=task, model=model)
+
+
+@pytest.mark.parametrize("factor", [0, 1, 3])
+def test_the_small_picture_must_divide_the_large_one(factor: int) -> None:
+    with pytest.raises(ValueError, match=rf"low_res\.factor {factor} must be a divisor of .*image_size 8"):
+        tiny_config(Path("pictures"), task="upsampler", low_res=LowResConfig(factor=factor))
+
+
+def test_sections_of_other_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"task 'base' hides no part of a picture; leave \[masks\] out"):
+        tiny_config(Path("pictures"), masks=MaskConfig(boxes=0.5))
+    with pytest.raises(
+        ValueError, match=r"task 'base' noises pictures as \[model\] says; leave \[noise\] out"
+    ):
+        tiny_config(Path("pictures"), noise=NoiseConfig(steps=30))
 
 
 def test_a_model_without_text_is_refused() -> None:

@@ -65,11 +65,6 @@ class ClipTask:
                 f"clip.vocabulary {self.clip.vocabulary} is smaller than tokenizer "
                 f"{self.clip.tokenizer!r}; use {size}"
             )
-        if self.clip.timesteps != config.noise.steps:
-            raise ValueError(
-                f"clip.timesteps {self.clip.timesteps} must be noise.steps {config.noise.steps}: each has "
-                "its own embedding"
-            )
         self.diffusion = GaussianDiffusion(
             schedule=Schedule.create(config.noise.schedule, config.noise.steps, "")
         )
