@@ -19,8 +19,8 @@ from bench.machine import peak_of_call
 Call = Callable[[], object]
 MIN_PAIRS, MAX_PAIRS = 5, 500
 SAMPLE_SECONDS = 2e-3  # shorter calls are repeated, so that the clock's resolution does not matter
-PAUSE_SECONDS = 5e-3  # before calls that are long enough: another runtime's threads stop spinning meanwhile
-PAUSE_ABOVE = 50e-3
+PAUSE_SECONDS = 10e-3  # before calls that are long enough: another runtime's threads stop spinning meanwhile
+PAUSE_ABOVE = 5e-3
 
 
 class Spread(NamedTuple):
@@ -52,11 +52,9 @@ class Duel:
 
 
 def fight(benchmark: BenchmarkFixture, ours: Call, peer: Call, *, seconds: float) -> Duel:
-    """Time pairs of calls for about ``seconds``, at least five pairs; both are warmed up first."""
-    for call in (ours, peer):
-        call()
-    warm = [_seconds_of(call, 1) for call in (ours, peer)]
+    """Time pairs of calls for about ``seconds``, at least five pairs; each is called twice before."""
     memory = [peak_of_call(call) for call in (ours, peer)]
+    warm = [_seconds_of(call, 1) for call in (ours, peer)]
     repeats = max(1, round(SAMPLE_SECONDS / min(warm)))
     pause = PAUSE_SECONDS if min(warm) > PAUSE_ABOVE else 0.0
     rounds = min(MAX_PAIRS, max(MIN_PAIRS, int(seconds / (repeats * sum(warm)))))

@@ -88,6 +88,9 @@ def onnx_runtime(plain: Plain) -> Function:
         settings = runtime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.inter_op_num_threads = 1
+        settings.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # between the runs, for our turn
         settings.log_severity_level = 3
         session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
