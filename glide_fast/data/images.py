@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,11 +35,11 @@ def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 def decode_image(file: str | os.PathLike[str] | BinaryIO, name: str) -> NDArray[np.uint8]:
     """As :func:`load_image` for an open file too; ``name`` stands in the error."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                opened.load()
-                picture = ImageOps.exif_transpose(opened)
+        with Image.open(file) as opened:
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{opened.width} x {opened.height} pixels may be a decompression bomb")
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
         return _to_rgb(picture)
     except (
         OSError,
@@ -49,7 +48,6 @@ def decode_image(file: str | os.PathLike[str] | BinaryIO, name: str) -> NDArray[
         EOFError,
         MemoryError,
         Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
     ) as error:
         raise ValueError(f"cannot read picture {name!r}: {error}") from error
 
