@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SOURCES = (
+    "csrc/attention.cpp",
     "csrc/convolution.cpp",
     "csrc/group_norm.cpp",
     "csrc/group_norm_coefficients.cpp",
@@ -34,7 +35,12 @@ SOURCES = (
     "csrc/linear.cpp",
     "csrc/module.cpp",
 )
-ISA_SOURCES = ("csrc/convolution_isa.cpp", "csrc/group_norm_isa.cpp", "csrc/linear_isa.cpp")
+ISA_SOURCES = (
+    "csrc/attention_isa.cpp",
+    "csrc/convolution_isa.cpp",
+    "csrc/group_norm_isa.cpp",
+    "csrc/linear_isa.cpp",
+)
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Name of the variant -> bytes of a vector and the compiler's flags.
 ISAS = {"generic": (16, "")}

@@ -122,9 +122,9 @@ Convolution problem_of(const Tensor& x, const OptionalTensor& skip, const Option
     return problem;
 }
 
-Tensor convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalTensor offset, int64_t mode,
-                   Tensor weight, OptionalTensor packed, int64_t tile, bool transposed, OptionalTensor bias,
-                   OptionalTensor residual) {
+void convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalTensor offset, int64_t mode,
+                 Tensor weight, OptionalTensor packed, int64_t tile, bool transposed, OptionalTensor bias,
+                 OptionalTensor residual, Tensor output) {
     const WeightLayout layout = layout_of(weight, transposed);
     Convolution problem = problem_of(x, skip, gain, offset, mode, layout.out_channels, tile);
     if (packed) {
@@ -139,11 +139,8 @@ Tensor convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalT
     problem.bias = data(bias);
     problem.bias_stride = bias && bias->dim() == 2 ? bias->stride(0) : 0;
     problem.residual = data(residual);
-    Tensor output = empty({problem.batch, problem.out_channels, problem.height, problem.width},
-                          MemoryFormat::ChannelsLast);
     problem.output = mutable_data(output);
     convolve(problem);
-    return output;
 }
 
 Tensor convolution_weight_gradient(Tensor grad, Tensor x, OptionalTensor gain, OptionalTensor offset,
@@ -186,7 +183,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
     library.def("pack_convolution(Tensor weight, int tile) -> Tensor");
     library.def(
         "convolution(Tensor x, Tensor? skip, Tensor? gain, Tensor? offset, int mode, Tensor weight, "
-        "Tensor? packed, int tile, bool transposed, Tensor? bias, Tensor? residual) -> Tensor");
+        "Tensor? packed, int tile, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) output) -> "
+        "()");
     library.def(
         "convolution_weight_gradient(Tensor grad, Tensor x, Tensor? gain, Tensor? offset, int mode, int "
         "tile) "

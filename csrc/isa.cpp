@@ -9,17 +9,20 @@ namespace generic {
 extern const GroupNormKernels group_norm_kernels;
 extern const ConvolutionKernels convolution_kernels;
 extern const LinearKernels linear_kernels;
+extern const AttentionKernels attention_kernels;
 }  // namespace generic
 #ifdef GLIDE_FAST_X86
 namespace avx2 {
 extern const GroupNormKernels group_norm_kernels;
 extern const ConvolutionKernels convolution_kernels;
 extern const LinearKernels linear_kernels;
+extern const AttentionKernels attention_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const GroupNormKernels group_norm_kernels;
 extern const ConvolutionKernels convolution_kernels;
 extern const LinearKernels linear_kernels;
+extern const AttentionKernels attention_kernels;
 }  // namespace avx512
 #endif
 
@@ -27,16 +30,17 @@ namespace {
 
 const Isa VARIANTS[] = {
     {"generic", [] { return true; }, &generic::group_norm_kernels, &generic::convolution_kernels,
-     &generic::linear_kernels},
+     &generic::linear_kernels, &generic::attention_kernels},
 #ifdef GLIDE_FAST_X86
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     &avx2::group_norm_kernels, &avx2::convolution_kernels, &avx2::linear_kernels},
+     &avx2::group_norm_kernels, &avx2::convolution_kernels, &avx2::linear_kernels, &avx2::attention_kernels},
     {"avx512",
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
      },
-     &avx512::group_norm_kernels, &avx512::convolution_kernels, &avx512::linear_kernels},
+     &avx512::group_norm_kernels, &avx512::convolution_kernels, &avx512::linear_kernels,
+     &avx512::attention_kernels},
 #endif
 };
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "convolution.h"
 #include "group_norm.h"
 #include "linear.h"
@@ -16,6 +17,7 @@ struct Isa {
     const GroupNormKernels* group_norm;
     const ConvolutionKernels* convolution;
     const LinearKernels* linear;
+    const AttentionKernels* attention;
 };
 
 // The variants that were compiled and that this CPU can run, slowest first.

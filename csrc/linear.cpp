@@ -34,8 +34,8 @@ LinearSource source_of(const Tensor& a) {
     return {data(a), a.stride(0), a.stride(1), a.size(1)};
 }
 
-Tensor multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, OptionalTensor bias,
-                OptionalTensor residual) {
+void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, OptionalTensor bias,
+              OptionalTensor residual, Tensor output) {
     LinearProblem problem{};
     problem.rows = a.size(0);
     problem.columns = columns;
@@ -59,7 +59,6 @@ Tensor multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Opti
     }
     problem.bias = data(bias);
     problem.residual = data(residual);
-    Tensor output = empty({problem.rows, columns});
     problem.output = mutable_data(output);
 
     const int64_t wanted = TASKS_PER_THREAD * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -72,7 +71,6 @@ Tensor multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Opti
         tasks, 2 * problem.block_rows * problem.depth() * LINEAR_PANEL, [&](int64_t begin, int64_t end) {
             kernels.multiply(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
         });
-    return output;
 }
 
 // A hash of a sample of a weight's values, which changes when all of them do.
@@ -96,8 +94,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
     library.def("fingerprint(Tensor weight) -> int");
     library.def("pack_linear(Tensor b) -> Tensor");
     library.def(
-        "multiply(Tensor a, Tensor? second, Tensor b, int columns, Tensor? bias, Tensor? residual) -> "
-        "Tensor");
+        "multiply(Tensor a, Tensor? second, Tensor b, int columns, Tensor? bias, Tensor? residual, "
+        "Tensor(a!) output) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glide_fast, CPU, library) {

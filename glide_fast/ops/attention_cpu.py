@@ -1,6 +1,6 @@
-"""Attention on CPU: PyTorch's flash attention in fp32 (fp64 for fp64 input), faster than the reference.
+"""Attention on CPU: forward in C++, fp64 and backward by PyTorch's flash attention.
 
-It multiplies the scores, not query and key, by the scale: the same thing in fp32. The two aten ops are what
+Both multiply the scores, not query and key, by the scale: the same thing in fp32. The two aten ops are what
 `scaled_dot_product_attention` calls on CPU; they are called directly because autograd is ours.
 
 They have two limits. The backward pass computes the scores again, so that gradients carry a relative error of
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from glide_fast.ops import reference
-from glide_fast.ops.dispatch import implement
+from glide_fast.ops.dispatch import cpp_library, implement
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
-_NAME = "ATen flash attention"
-_REASON = "fp32 arithmetic; float64 input in float64"
 
 
 def _by_head(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,6 +34,14 @@ def _keys_and_values(
     return _by_head(key, dtype), _by_head(value, dtype)
 
 
+def _float(tensor: Tensor | None) -> Tensor | None:
+    """In float32, the last dimension dense."""
+    if tensor is None:
+        return None
+    tensor = tensor.float()
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
 def attention(
     query: Tensor,  # [B, T, N, D]
     key: Tensor,  # [B, T, N, D]
@@ -46,6 +52,16 @@ def attention(
     """The op `attention`: output [B, T, N, D], logarithm of the softmax's sum [B, N, T]."""
     if query.numel() == 0:
         return reference.attention(query, key, value, text_key, text_value)
+    if query.dtype is torch.float64 or cpp_library() is None:
+        return _aten_attention(query, key, value, text_key, text_value)
+    tensors = [_float(each) for each in (query, key, value, text_key, text_value)]
+    output, log_sum = torch.ops.glide_fast.attention_forward(*tensors)
+    return output.to(query.dtype), log_sum
+
+
+def _aten_attention(
+    query: Tensor, key: Tensor, value: Tensor, text_key: Tensor | None, text_value: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype(query.dtype)
     keys, values = _keys_and_values(key, value, text_key, text_value, dtype)
     output, log_sum = getattr(torch.ops.aten, _FORWARD)(_by_head(query, dtype), keys, values)
@@ -85,5 +101,8 @@ def attention_backward(
 def register() -> None:
     """Register both ops for the CPU key, where this torch has the aten ops."""
     if hasattr(torch.ops.aten, _FORWARD) and hasattr(torch.ops.aten, _BACKWARD):
-        implement("attention", "CPU", attention, name=_NAME, reason=_REASON)
-        implement("attention_backward", "CPU", attention_backward, name=_NAME, reason=_REASON)
+        aten = "ATen flash attention"
+        forward = aten if cpp_library() is None else "C++"
+        reason = "fp32 arithmetic; float64 input in float64"
+        implement("attention", "CPU", attention, name=forward, reason=f"{reason}, by {aten}")
+        implement("attention_backward", "CPU", attention_backward, name=aten, reason=reason)

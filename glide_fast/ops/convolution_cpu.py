@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glide_fast.ops import memory
 from glide_fast.ops import norm_convolution as op
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.group_norm import resampled_shape
@@ -93,10 +94,13 @@ def norm_convolution(
         return op.composed(
             x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
         )
-    x, skip, residual = (None if each is None else _channels_last(each) for each in (x, skip, residual))
+    x = _channels_last(x)
+    skip, residual = (None if each is None else _channels_last(each) for each in (skip, residual))
     gain, offset, mean, rstd = _coefficients(x, skip, norm_weight, norm_bias, scale, shift, groups, eps)
     bias = None if bias is None else _rows(bias)
-    output = _OPS.convolution(x, skip, gain, offset, mode, weight, form, tile, False, bias, residual)
+    height, width = resampled_shape(x, mode)[2:]
+    output = memory.empty_map(len(x), len(weight), height, width)
+    _OPS.convolution(x, skip, gain, offset, mode, weight, form, tile, False, bias, residual, output)
     return output, mean, rstd
 
 
@@ -131,7 +135,8 @@ def norm_convolution_backward(
         grad_weight = _OPS.convolution_weight_gradient(grad, map_x, gain, offset, mode, tile)
     inner = None
     if needs_x:
-        inner = _OPS.convolution(grad, None, None, None, 0, weight, None, tile, True, None, None)
+        inner = memory.empty_map(len(x), weight.shape[1], *grad.shape[2:])
+        _OPS.convolution(grad, None, None, None, 0, weight, None, tile, True, None, None, inner)
     gradients = op.before_convolution(inner, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
     return (*gradients, grad_weight, op.bias_gradient(grad, bias))
 

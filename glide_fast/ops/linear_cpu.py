@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from glide_fast.ops import linear as op
+from glide_fast.ops import memory
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.packed import packed
 
@@ -23,6 +24,20 @@ def _is_served(*tensors: Tensor | None) -> bool:
     return all(each is None or (each.dtype is torch.float32 and each.numel() > 0) for each in tensors)
 
 
+def _multiply(
+    a: Tensor,  # [rows, C]
+    b: Tensor,  # [C (+ S), columns], or packed
+    columns: int,
+    *,
+    second: Tensor | None = None,  # [rows, S]
+    bias: Tensor | None = None,  # [columns]
+    residual: Tensor | None = None,  # [rows, columns]
+) -> Tensor:
+    output = memory.empty((len(a), columns), (columns, 1))
+    _OPS.multiply(a, second, b, columns, bias, residual, output)
+    return output
+
+
 def linear(
     x: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -33,15 +48,15 @@ def linear(
     rows = _rows(x)
     if form is None and len(rows) < _FEWEST_ROWS:
         return op.composed(x, second, weight, bias, residual)
-    output = _OPS.multiply(
+    output = _multiply(
         rows,
-        None if second is None else _rows(second),
         weight.flatten(1).t() if form is None else form,
-        weight.shape[0],
-        None if bias is None else bias.contiguous(),
-        None if residual is None else _rows(residual).contiguous(),
+        len(weight),
+        second=None if second is None else _rows(second),
+        bias=None if bias is None else bias.contiguous(),
+        residual=None if residual is None else _rows(residual).contiguous(),
     )
-    return output.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return output.view(*x.shape[:-1], len(weight))
 
 
 def linear_backward(
@@ -54,9 +69,9 @@ def linear_backward(
     features = x.shape[-1]
     grad_x = grad_weight = x.new_empty(0)
     if needs_x:
-        grad_x = _OPS.multiply(grad_rows, None, weight.flatten(1), features, None, None).view(x.shape)
+        grad_x = _multiply(grad_rows, weight.flatten(1), features).view(x.shape)
     if needs_weight:
-        grad_weight = _OPS.multiply(grad_rows.t(), None, rows, features, None, None).view(weight.shape)
+        grad_weight = _multiply(grad_rows.t(), rows, features).view(weight.shape)
     return grad_x, grad_weight
 
 

@@ -1,0 +1,70 @@
+// Attention of float32 tensors: shapes, memory and threads. The arithmetic is in the kernels of the chosen
+// ISA. Called from glide_fast/ops/attention_cpu.py, which checks.
+#include "attention.h"
+
+#include <tuple>
+
+#include "isa.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "tensors.h"
+
+namespace glide_fast {
+namespace {
+
+constexpr int64_t BLOCK_QUERIES = 48;
+constexpr int64_t OPERATIONS_PER_EXPONENTIAL = 32;
+
+AttentionTensor view_of(const Tensor& tensor) {
+    return {data(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor text_key,
+                                             OptionalTensor text_value) {
+    Attention problem{};
+    problem.batch = query.size(0);
+    problem.queries = query.size(1);
+    problem.heads = query.size(2);
+    problem.dim = query.size(3);
+    problem.text = text_key ? text_key->size(1) : 0;
+    problem.query = view_of(query);
+    problem.key = view_of(key);
+    problem.value = view_of(value);
+    if (text_key) problem.text_key = view_of(*text_key);
+    if (text_value) problem.text_value = view_of(*text_value);
+    problem.block_queries = BLOCK_QUERIES;
+
+    Tensor output = empty({problem.batch, problem.queries, problem.heads, problem.dim});
+    Tensor log_sum = empty({problem.batch, problem.heads, problem.queries});
+    problem.output = mutable_data(output);
+    problem.log_sum = mutable_data(log_sum);
+    const int64_t heads = problem.batch * problem.heads;
+    const int64_t key_floats = heads * problem.padded_keys() * problem.dim;
+    problem.packed_keys =
+        scratch_memory<ScratchUse::SHARED>(key_floats + heads * problem.padded_keys() * problem.padded_dim());
+    problem.packed_values = problem.packed_keys + key_floats;
+
+    const AttentionKernels& kernels = *current_isa().attention;
+    for_each_task(heads * problem.key_panels(), 8 * ATTENTION_PANEL * problem.dim,
+                  [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });
+    const int64_t operations =
+        BLOCK_QUERIES * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);
+    for_each_task(heads * problem.query_blocks(), operations, [&](int64_t begin, int64_t end) {
+        kernels.attend(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
+    });
+    return {output, log_sum};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
+    library.def(
+        "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? text_key, Tensor? text_value) -> "
+        "(Tensor output, Tensor log_sum)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glide_fast, CPU, library) {
+    library.impl("attention_forward", TORCH_BOX(&attention_forward));
+}
+
+}  // namespace glide_fast
