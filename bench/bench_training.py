@@ -15,7 +15,7 @@ from bench import learning
 from bench.conftest import Measure
 from bench.learning import Example, Learner
 from bench.networks import INFERENCE_PEERS
-from bench.parity import NETWORK_FACTOR, ParityError, require, worst_excess
+from bench.parity import NETWORK_FACTOR, PEER_FACTOR, ParityError, require, worst_excess
 from bench.peers.runtimes import Unavailable, forget
 from bench.rows import MEBI, Labels, MemoryRow, Record
 from bench.subject import Outputs
@@ -35,10 +35,10 @@ class Lesson:
     exact: Outputs
     flops: float
 
-    def gate(self, who: str, learner: Learner) -> float:
+    def gate(self, who: str, learner: Learner, factor: float = NETWORK_FACTOR) -> float:
         """The worst gradient's error as a part of what is allowed."""
         found = learner.gradients(self.example)
-        return require(self.name, who, worst_excess(found, self.plain, self.exact, factor=NETWORK_FACTOR))
+        return require(self.name, who, worst_excess(found, self.plain, self.exact, factor=factor))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_step(peer: str, lesson: Lesson, record: Record, measure: Measure) -> No
         raise
     try:
         theirs = learning.learner(peer, lesson.start)
-        peer_error = lesson.gate(peer, theirs)
+        peer_error = lesson.gate(peer, theirs, PEER_FACTOR)
     except (Unavailable, ParityError) as reason:
         record.absent.append((lesson.name, peer, str(reason)))
         pytest.skip(str(reason))

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.machine import facts
 from bench.networks import Case
-from bench.parity import ParityError
+from bench.parity import PEER_FACTOR, ParityError
 from bench.peers.runtimes import Unavailable, forget, prepare
 from bench.rows import Labels, Record, SpeedRow
 from bench.subject import Subject
@@ -132,7 +132,7 @@ def compare(record: Record, suite: str, measure: Measure) -> Iterator[Compare]:
             raise
         try:
             theirs = partial(prepare(peer, plain), *plain.inputs)
-            peer_error = subject.gate(name, peer, theirs())
+            peer_error = subject.gate(name, peer, theirs(), factor=PEER_FACTOR)
         except (Unavailable, ParityError) as reason:
             record.absent.append((name, peer, str(reason)))
             pytest.skip(str(reason))

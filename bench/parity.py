@@ -13,6 +13,7 @@ from torch import Tensor
 
 FACTOR = 4.0  # for an op or a layer
 NETWORK_FACTOR = 10.0  # for a whole network; the recorded parity numbers allow the same
+PEER_FACTOR = 100.0  # for a peer, only to see that it computes in float32: bfloat16 has ten thousand
 PICTURE_DECIBELS = 60.0  # for whole pictures from the same seed
 
 

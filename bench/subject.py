@@ -103,10 +103,10 @@ class Subject:
         tensors = (*self.needed.module.parameters(), *self.needed.inputs, *self.truth[0])
         return self.flops / sum(each.numel() * each.element_size() for each in tensors)
 
-    def gate(self, case: str, who: str, outputs: Outputs) -> float:
-        """The error of the outputs as a part of what is allowed.
+    def gate(self, case: str, who: str, outputs: Outputs, *, factor: float | None = None) -> float:
+        """The error of the outputs as a part of what is allowed, by the subject's factor unless given.
 
         Raises:
             ParityError: it is more than that.
         """
-        return require(case, who, worst_excess(outputs, *self.truth, factor=self.factor))
+        return require(case, who, worst_excess(outputs, *self.truth, factor=factor or self.factor))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench import learning, networks, pictures
 from bench.networks import small
-from bench.parity import ParityError, picture_excess
+from bench.parity import PEER_FACTOR, ParityError, picture_excess
 from bench.peers.runtimes import PEERS, Unavailable, forget, prepare
 from bench.subject import Plain, Subject
 from glide_fast.models import UNetConfig
@@ -76,6 +76,15 @@ def test_the_gate_of_a_network_is_red_for_a_wrong_answer() -> None:
     (output,) = subject.ours()
     with pytest.raises(ParityError, match=r"a step: the error of ours is .* nothing is timed"):
         subject.gate("a step", "ours", (output * 1.001,))
+
+
+def test_a_peer_in_bfloat16_is_seen() -> None:
+    subject = networks.step(TINY_ADM, 1)
+    plain = subject.plain
+    x, *rest = plain.inputs
+    rounded = plain.module(x.bfloat16().float(), *rest).detach()
+    with pytest.raises(ParityError, match=r"the error of a peer is"):
+        subject.gate("a step", "a peer", (rounded,), factor=PEER_FACTOR)
 
 
 def test_pictures_at_sixty_decibels_are_just_good_enough() -> None:
