@@ -139,9 +139,10 @@ class _NoisyAttention(nn.Module):
         self.register_buffer("hidden", hidden, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape, x = x.shape, F.pad(self.ln(x), (0, 0, 0, self.padding))
+        shape, x = x.shape, self.ln(x)
         query, key, value = (
-            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.f_q, self.f_k, self.f_v)
+            F.pad(f(x), (0, 0, 0, self.padding)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for f in (self.f_q, self.f_k, self.f_v)
         )
         scale = query.shape[-1] ** -0.25
         scores = torch.einsum("bhtd,bhsd->bhts", query * scale, key * scale) + self.hidden
