@@ -141,7 +141,7 @@ class _NoisyAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, self.ln(x)
         query, key, value = (
-            F.pad(f(x), (0, 0, 0, self.padding)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            torch.unflatten(F.pad(f(x), (0, 0, 0, self.padding)), 2, (self.heads, -1)).transpose(1, 2)
             for f in (self.f_q, self.f_k, self.f_v)
         )
         scale = query.shape[-1] ** -0.25
