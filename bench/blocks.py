@@ -34,8 +34,8 @@ class _Block(nn.Module):
 def residual(config: UNetConfig, channels: int, out: int, size: int) -> Subject:
     """A residual block with FiLM; the original applies the embedding's SiLU in each, ours before all."""
     width = 4 * config.channels
-    block = glide_fast.accelerate(ResBlock(channels, out, width))
-    randomised(block)
+    block = ResBlock(channels, out, width)
+    glide_fast.accelerate(randomised(block))
     x, embedding = noise(BATCH, channels, size, size), noise(BATCH, width, seed=1)
     ours_x = x.contiguous(memory_format=torch.channels_last)
     ours_embedding = nn.functional.silu(embedding)
@@ -53,8 +53,8 @@ def attention(config: UNetConfig, channels: int, size: int) -> Subject:
     if config.text is None or config.head_channels is None:
         raise ValueError("the attention of a model with text and heads of a fixed width is measured")
     heads, text_width = channels // config.head_channels, config.text.width
-    block = glide_fast.accelerate(AttentionBlock(channels, heads, text_width))
-    randomised(block)
+    block = AttentionBlock(channels, heads, text_width)
+    glide_fast.accelerate(randomised(block))
     x, text = noise(BATCH, channels, size, size), noise(BATCH, config.text.context, text_width, seed=1)
     ours_x = x.contiguous(memory_format=torch.channels_last)
 

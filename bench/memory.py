@@ -20,7 +20,7 @@ import torch
 from bench.networks import small, text_step
 from glide_fast.models.presets import preset
 
-SIDES = ("ours", "upstream")
+SIDES = ("ours", "ours, low memory", "upstream")
 BATCH = 2  # classifier-free guidance of one picture
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -62,9 +62,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = preset(options.model).unet
-    subject = text_step(small(config, size=32) if options.quick else config, BATCH)
+    subject = text_step(
+        small(config, size=32) if options.quick else config,
+        BATCH,
+        "full" if options.who == "ours" else "low",
+    )
     for _ in range(options.steps):
-        _ = subject.ours() if options.who == "ours" else subject.plain.call()
+        _ = subject.ours() if options.who != "upstream" else subject.plain.call()
     weights = sum(4 * parameter.numel() for parameter in subject.plain.module.parameters())
     peak = _UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(Peak(peak, weights)._asdict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from glide_fast.text.tokenizer import get_tokenizer
 
 INFERENCE_PEERS = ("upstream", "compile", "openvino", "onnxruntime")
 TEXT_PEERS = ("upstream", "upstream, text once", "compile", "openvino", "onnxruntime")
+Memory = Literal["full", "low"]
 PROMPT = "an oil painting of a corgi"
 
 
@@ -73,12 +75,12 @@ def small(config: UNetConfig, *, channels: int = 64, size: int, levels: int = 2)
     )
 
 
-def built(config: UNetConfig) -> UNet:
-    """A U-Net of this shape, accelerated as a user would."""
+def built(config: UNetConfig, memory: Memory = "full") -> UNet:
+    """A U-Net of this shape, accelerated as a user would, with as much memory as is said."""
     network = seeded(lambda: UNet(config))
     if not isinstance(network, UNet):
         raise TypeError(f"a U-Net was built, and became a {type(network).__name__}")
-    glide_fast.accelerate(network)
+    glide_fast.accelerate(network, memory=memory)
     return network
 
 
@@ -97,14 +99,14 @@ def step(config: UNetConfig, batch: int) -> Subject:
     return Subject(ours=ours, plain=Plain(module=twin, inputs=(x, timesteps, *given.values())))
 
 
-def text_step(config: UNetConfig, batch: int) -> Subject:
+def text_step(config: UNetConfig, batch: int, memory: Memory = "full") -> Subject:
     """One step of a U-Net with text: prompts in the first half of the batch, none in the second.
 
     The original encodes the text in every step unless told to keep it; we and the others do so beforehand.
     """
     if config.text is None:
         raise ValueError("this U-Net has no text; use step()")
-    network = built(config)
+    network = built(config, memory)
     prompts = [PROMPT] * (batch - batch // 2) + [""] * (batch // 2)
     words = get_tokenizer(config.text.tokenizer).batch(prompts, config.text.context)
     with torch.no_grad():
@@ -182,6 +184,11 @@ def cases(*, quick: bool) -> list[Case]:
             name=f"{named}GLIDE {base.image_size} px base, CFG batch 2, one step",
             build=lambda: text_step(base, 2),
             peers=TEXT_PEERS,
+        ),
+        Case(
+            name=f"{named}GLIDE {base.image_size} px base, CFG batch 2, one step, low memory",
+            build=lambda: text_step(base, 2, "low"),
+            peers=("upstream",),
         ),
         Case(
             name=f"{named}GLIDE {upsampler.image_size} px upsampler, batch 1, one step",

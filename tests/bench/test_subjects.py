@@ -23,7 +23,7 @@ TINY_ADM = replace(small(preset("guided-64x64-diffusion").unet, channels=32, siz
 def test_every_case_of_the_targets_is_there_once_and_also_quickly() -> None:
     for quick in (False, True):
         names = [case.name for case in networks.cases(quick=quick)]
-        assert len(set(names)) == len(names) == 5
+        assert len(set(names)) == len(names) == 6
     full = " ".join(case.name for case in networks.cases(quick=False))
     for part in ("64 px base, CFG batch 2", "256 px upsampler, batch 1", "ADM 64 px", "ViT-B/32", "guidance"):
         assert part in full
