@@ -10,6 +10,7 @@ import torch
 
 from glide_fast import __version__, ops
 from glide_fast.data.emoji import find_font
+from glide_fast.ops import memory, packed
 from glide_fast.sampling.pipeline import ASSETS
 
 OPTIONAL = {
@@ -45,7 +46,13 @@ def examine() -> str:
 
 def _machine() -> dict[str, str]:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this torch can use"
-    return {"cores": str(os.cpu_count()), "torch threads": str(torch.get_num_threads()), "CUDA device": cuda}
+    return {
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "CUDA device": cuda,
+        "packed weights": f"{packed.kept_bytes() / 1e6:.1f} MB in this process",
+        "waiting memory": f"{memory.kept_bytes() / 1e6:.1f} MB in this thread",
+    }
 
 
 def _packages() -> dict[str, str]:

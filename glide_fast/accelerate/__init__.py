@@ -19,14 +19,14 @@ import sys
 from types import ModuleType
 
 from glide_fast.accelerate.report import Entry, Report
-from glide_fast.accelerate.walk import Model, accelerate, report, restore
+from glide_fast.accelerate.walk import Memory, Model, accelerate, report, restore
 
 __all__ = ["Entry", "Report", "accelerate", "report", "restore"]
 
 
 class _Callable(ModuleType):
-    def __call__(self, model: Model) -> Model:
-        return accelerate(model)
+    def __call__(self, model: Model, *, memory: Memory = "full") -> Model:
+        return accelerate(model, memory=memory)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -42,6 +42,10 @@ class Plan(ABC):
         """The submodules whose own ``forward`` is not called."""
         return ()
 
+    def packable(self, module: Any) -> list[Tensor]:  # noqa: ARG002 (most plans have no such weights)
+        """The weights of which inference on CPU reads a packed form."""
+        return []
+
     def subject(self, module: nn.Module) -> nn.Module:
         """What the proof is made on: the module, or the part of it that the plan concerns."""
         return module

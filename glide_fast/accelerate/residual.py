@@ -30,24 +30,28 @@ class ResidualPlan(Plan):
 
     ``film``: the embedding scales and shifts the second norm, else it is added before it. ``resample``: what
     ``h_upd`` and ``x_upd`` do; "own" leaves that to themselves, as a volume needs, whose depth stays.
+    ``fused``: each convolution is computed together with the norm in front of it.
     """
 
     film: bool
+    fused: bool
     resample: Literal["none", "up", "down", "own"]
 
     @property
     def title(self) -> str:
         film = ", FiLM" if self.film else ""
         resampling = f" and 2x {self.resample}" if self.resample in ("up", "down") else ""
-        return f"residual block: GroupNorm{film}, SiLU{resampling} in one pass"
+        convolution = ", convolution" if self.fused else ""
+        return f"residual block: GroupNorm{film}, SiLU{resampling}{convolution} in one pass"
 
     @property
     def arity(self) -> int:
         return 2
 
     def inner(self, module: Any) -> tuple[nn.Module, ...]:
-        layers = [module.in_layers, *parts(module.in_layers)[:2]]
-        layers += [module.out_layers, *parts(module.out_layers)[:2]]
+        skipped = None if self.fused else 2
+        layers = [module.in_layers, *parts(module.in_layers)[:skipped]]
+        layers += [module.out_layers, *parts(module.out_layers)[:skipped]]
         return (*layers, module.h_upd) if self.resample in ("up", "down") else tuple(layers)
 
     def examples(self, module: Any, noise: Noise) -> list[tuple[Tensor, ...]]:
@@ -60,8 +64,16 @@ class ResidualPlan(Plan):
         x, embedding = inputs
         return is_image(x) and embedding.ndim == 2 and len(embedding) in (1, len(x))
 
+    def packable(self, module: Any) -> list[Tensor]:
+        if not self.fused:
+            return []
+        return [layer.weight for layer in _convolutions(module) if layer.weight.device.type == "cpu"]
+
     def serve(self, module: Any, inputs: Sequence[Any]) -> Tensor:
         x, embedding = inputs  # [B, C, *space], [B or 1, E]
+        modulation = module.emb_layers(embedding).expand(len(x), -1)
+        if self.fused and _may_fuse(module, x):
+            return self._serve_fused(module, x, modulation.to(x.dtype))
         norm, _, convolution = parts(module.in_layers)
         h = group_norm(norm, x, resample=_FUSED[self.resample])
         if self.resample == "own":
@@ -69,16 +81,77 @@ class ResidualPlan(Plan):
         if self.resample != "none":
             x = module.x_upd(x)
         h = convolution(h)
-        modulation = module.emb_layers(embedding).to(h.dtype)
+        modulation = modulation.to(h.dtype)
         norm, _, *rest = parts(module.out_layers)
         if self.film:
-            scale, shift = modulation.expand(len(h), -1).chunk(2, dim=1)
+            scale, shift = modulation.chunk(2, dim=1)
             h = group_norm(norm, h, scale=scale, shift=shift)
         else:
             h = group_norm(norm, h + modulation.view(*modulation.shape, *[1] * (h.ndim - 2)))
         for layer in rest:
             h = layer(h)
         return module.skip_connection(x) + h  # type: ignore[no-any-return]
+
+    def _serve_fused(self, module: Any, x: Tensor, modulation: Tensor) -> Tensor:
+        norm, _, convolution = parts(module.in_layers)
+        shift = None if self.film else modulation
+        h = _norm_convolution(norm, convolution, x, shift=shift, resample=_FUSED[self.resample])
+        skip = module.skip_connection(x if self.resample == "none" else module.x_upd(x))
+        norm, convolution = parts(module.out_layers)[0], parts(module.out_layers)[-1]
+        film = modulation.chunk(2, dim=1) if self.film else None
+        y = _norm_convolution(norm, convolution, h, film=film, residual=skip)
+        return y.contiguous() if x.is_contiguous() else y  # code behind may rely on the layout
+
+
+def _convolutions(module: Any) -> tuple[Any, Any]:
+    return parts(module.in_layers)[-1], parts(module.out_layers)[-1]
+
+
+def _may_fuse(module: Any, x: Tensor) -> bool:
+    """Whether this call is one of maps, in the weights' dtype, and without dropout."""
+    dropouts = (part for part in parts(module.out_layers)[2:-1] if getattr(part, "p", 0))
+    same = all(convolution.weight.dtype is x.dtype for convolution in _convolutions(module))
+    return x.ndim == 4 and same and not (module.training and any(True for _ in dropouts))
+
+
+def _norm_convolution(
+    norm: Any,
+    convolution: Any,
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    film: Sequence[Tensor] | None = None,
+    resample: ops.Resample = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The op on the parameters that ``norm`` and ``convolution`` have now."""
+    scale, offset = (None, None) if film is None else film
+    bias = convolution.bias
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return ops.norm_convolution(
+        x,
+        convolution.weight,
+        bias,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        groups=norm.num_groups,
+        eps=norm.eps,
+        scale=scale,
+        shift=offset,
+        resample=resample,
+        residual=residual,
+    )
+
+
+def _is_plain(convolution: nn.Module) -> bool:
+    """Whether a layer is PyTorch's own 3x3 convolution of maps that keeps their size."""
+    return type(convolution) is nn.Conv2d and (
+        convolution.kernel_size == (3, 3)
+        and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+    )
 
 
 def propose_residual(module: nn.Module) -> list[Plan]:
@@ -99,7 +172,13 @@ def propose_residual(module: nn.Module) -> list[Plan]:
         resamples = ("none",)
     film = _linear(module).weight.shape[0] == 2 * len(last[0].weight)  # type: ignore[arg-type]
     method = "_forward" if callable(getattr(module, "_forward", None)) else "forward"
-    plans = (ResidualPlan(method=method, film=film, resample=resample) for resample in resamples)
+    plain = _is_plain(first[-1]) and _is_plain(last[-1]) and all(is_function(part) for part in last[2:-1])
+    plans = (
+        ResidualPlan(method=method, film=film, fused=fused and resample != "own", resample=resample)
+        for resample in resamples
+        for fused in (True, False)
+        if plain or not fused
+    )
     return [plan.watching(types_of(plan.inner(module))) for plan in plans]
 
 

@@ -9,6 +9,7 @@ Sources: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), ADM (2105.05233), 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
+from glide_fast.ops import packed
 
 Resample = Literal["none", "up", "down"]
 AttentionOrder = Literal["by_head", "by_role"]
@@ -121,7 +123,7 @@ class GroupNorm(nn.Module):
 
 
 def activated_convolution(
-    norm: GroupNorm,
+    norm: Any,
     convolution: nn.Module,
     x: Tensor,  # [B, C, *space]
     *,
@@ -139,8 +141,7 @@ def activated_convolution(
     volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
     if type(convolution) not in CONVOLUTIONS.values() or volume:
         joined = x if skip is None else torch.cat([x, skip], dim=1)
-        h = norm(joined, scale=scale, shift=offset, activation="silu", resample=resample)
-        h = convolution(h)
+        h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
         return h if residual is None else h + residual
     own: Any = convolution
@@ -267,7 +268,7 @@ class ResBlock(nn.Module):
             second = None if skip is None else pixels_as_tokens(skip)
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second)
-            return y.transpose(1, 2).unflatten(2, x.shape[2:])
+            return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
         return layer(x if skip is None else torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
 
 
@@ -306,7 +307,10 @@ class AttentionBlock(nn.Module):
         query, key, value = self._split(self.qkv(tokens), 3)
         text_key = text_value = None
         if self.encoder_kv is not None and text is not None:
-            text_key, text_value = self._split(self.encoder_kv(text), 2)
+            projection = packed.projected(
+                self.encoder_kv.weight, text, functools.partial(self.encoder_kv, text)
+            )
+            text_key, text_value = self._split(projection, 2)
         attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
         y: Tensor = self.proj_out(attended.flatten(2), residual=pixels_as_tokens(x))
         return y.transpose(1, 2).view_as(x)

@@ -18,7 +18,8 @@ from glide_fast.ops.packed import packed
 _OPS = torch.ops.glide_fast
 _SMALL_MAP = 64  # pixels up to which the small tile is faster
 _SHALLOW = 16  # channels up to which a direct sum is so exact that only the small tile comes near it
-# Tiles below which it does not pay to transform weights that are not kept.
+# Tiles below which transformed weights are too much to read. The same whether they are kept or not, because
+# keeping them must not change a bit of the result.
 _FEWEST_TILES = 16
 _REASON = "float32 3x3 maps by Winograd's F(2x2) and F(4x4); others by group_norm and ATen"
 
@@ -39,7 +40,7 @@ def _tile(x: Tensor, mode: int, weight: Tensor, depth: int) -> int:
 
 
 def _pays(x: Tensor, mode: int, tile: int) -> bool:
-    """Whether there is enough to convolve to transform the weights for it."""
+    """Whether there is enough to convolve for the weights in Winograd's domain."""
     batch, _, height, width = resampled_shape(x, mode)
     return batch * -(-height // tile) * -(-width // tile) >= _FEWEST_TILES
 
@@ -87,10 +88,7 @@ def norm_convolution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`."""
     tile = _tile(x, mode, weight, weight.shape[1])
-    form = None
-    if tile:
-        form = packed(weight, ("convolution", tile), lambda: _OPS.pack_convolution(weight, tile))
-    if not tile or (form is None and not _pays(x, mode, tile)):
+    if not tile or not _pays(x, mode, tile):
         return op.composed(
             x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
         )
@@ -98,6 +96,7 @@ def norm_convolution(
     skip, residual = (None if each is None else _channels_last(each) for each in (skip, residual))
     gain, offset, mean, rstd = _coefficients(x, skip, norm_weight, norm_bias, scale, shift, groups, eps)
     bias = None if bias is None else _rows(bias)
+    form = packed(weight, ("convolution", tile), lambda: _OPS.pack_convolution(weight, tile))
     height, width = resampled_shape(x, mode)[2:]
     output = memory.empty_map(len(x), len(weight), height, width)
     _OPS.convolution(x, skip, gain, offset, mode, weight, form, tile, False, bias, residual, output)

@@ -66,7 +66,7 @@ def _norm_convolution_backward(
     out_shape: Any = None,  # noqa: ARG001
 ) -> int:
     weight, _bias, needs_x, needs_weight = rest[10:]
-    return (needs_x + needs_weight) * _product(grad, weight)
+    return int(needs_x + needs_weight) * _product(grad, weight)
 
 
 @register_flop_formula(torch.ops.glide_fast.linear)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+from glide_fast.ops.packed import trained
 
 
 def composed(

@@ -11,7 +11,7 @@ from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.packed import packed
 
 _OPS = torch.ops.glide_fast
-_FEWEST_ROWS = 32  # below, packing weights that are not kept takes longer than the product
+_FEWEST_ROWS = 32  # below, packing takes longer than the product; the same whether weights are kept or not
 _REASON = "float32 by C++, others by ATen"
 
 
@@ -42,12 +42,10 @@ def linear(
     x: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The op `linear`."""
-    if not _is_served(x, second, weight, bias, residual):
+    rows = _rows(x)
+    if not _is_served(x, second, weight, bias, residual) or len(rows) < _FEWEST_ROWS:
         return op.composed(x, second, weight, bias, residual)
     form = packed(weight, "linear", lambda: _OPS.pack_linear(weight.flatten(1).t()))
-    rows = _rows(x)
-    if form is None and len(rows) < _FEWEST_ROWS:
-        return op.composed(x, second, weight, bias, residual)
     output = _multiply(
         rows,
         weight.flatten(1).t() if form is None else form,

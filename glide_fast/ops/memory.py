@@ -33,7 +33,7 @@ class _Blocks(threading.local):
             if _is_free(block):
                 return block
         self._shrink()
-        block = torch.UntypedStorage(size)
+        block = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
         self.blocks[size].append(block)
         return block
 
@@ -60,7 +60,7 @@ _blocks = _Blocks()
 
 
 def _is_free(block: torch.UntypedStorage) -> bool:
-    return torch._C._storage_Use_Count(block._cdata) == _ALONE  # type: ignore[attr-defined, no-any-return]
+    return torch._C._storage_Use_Count(block._cdata) == _ALONE
 
 
 def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -68,7 +68,7 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     size = _FLOAT_BYTES * math.prod(shape)
     if size < SMALLEST:
         return torch.empty_strided(shape, strides)
-    return torch.empty(0).set_(_blocks.take(size), 0, shape, strides)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0).set_(_blocks.take(size), 0, shape, strides)
 
 
 def empty_map(batch: int, channels: int, height: int, width: int) -> Tensor:

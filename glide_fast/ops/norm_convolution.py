@@ -19,6 +19,7 @@ from glide_fast.ops import group_norm as norm
 from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.group_norm import RESAMPLES, Resample
+from glide_fast.ops.packed import trained
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -186,12 +187,13 @@ def _fake_backward(
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
 
-    inner = (like(tensor, needs_x) for tensor in (norm_weight, norm_bias, scale, shift))
+    grad_norm_weight, grad_norm_bias = like(norm_weight, needs_x), like(norm_bias, needs_x)
     grad_x = like(x, needs_x)
     if needs_x:
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
     grad_bias = x.new_empty(0) if bias is None else grad.new_empty(bias.shape)
-    return grad_x, *inner, like(weight, needs_weight), grad_bias
+    film = like(scale, needs_x), like(shift, needs_x)
+    return grad_x, grad_norm_weight, grad_norm_bias, *film, like(weight, needs_weight), grad_bias
 
 
 FORWARD = define(
@@ -217,8 +219,11 @@ BACKWARD = define(
 class _NormConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, rstd = FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, None, *args)
-        *film, groups, eps, mode, weight, bias, _residual = args
+        *film, groups, eps, mode, weight, bias, residual = args
+        output, mean, rstd = FORWARD.redispatch(
+            keyset & torch._C._after_autograd_keyset,
+            *(x, None, *film, groups, eps, mode, trained(weight), bias, residual),
+        )
         ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
         ctx.settings = groups, eps, mode
         ctx.mark_non_differentiable(mean, rstd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,8 +179,8 @@ def norm_convolution(
 
 
 def _convolution(x: Tensor, weight: Tensor) -> Tensor:
-    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
-    return convolution(x, weight, padding=[size // 2 for size in weight.shape[2:]])  # type: ignore[operator, no-any-return]
+    convolution: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
+    return convolution(x, weight, padding=[size // 2 for size in weight.shape[2:]])  # type: ignore[no-any-return]
 
 
 def norm_convolution_backward(

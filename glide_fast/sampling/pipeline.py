@@ -18,6 +18,7 @@ from torch import Tensor
 from glide_fast.data.images import to_uint8
 from glide_fast.diffusion import GaussianDiffusion, Schedule
 from glide_fast.models import LoadedModel, MaskedImage, ModelConfig, load_model
+from glide_fast.models.kept import keep_if_it_fits
 from glide_fast.sampling.denoiser import Denoiser, NoiseSource, PerImageNoise, initial_noise
 from glide_fast.sampling.guidance import classifier_free
 from glide_fast.sampling.inpainting import keep_known
@@ -92,6 +93,7 @@ def sample_stage(
         ValueError: an option is out of range, or the model has no text.
     """
     model, config = stage
+    keep_if_it_fits(model)
     if config.unet.text is None:
         raise ValueError("this model is not conditioned on text, so a prompt cannot be painted with it")
     sampler = find_sampler(options.sampler)

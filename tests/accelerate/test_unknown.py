@@ -180,7 +180,7 @@ def test_the_report_reads_well() -> None:
     assert "can be served: call glide_fast.accelerate(model)" in str(report(model))
     text = str(report(glide_fast.accelerate(model)))
     assert text.splitlines()[0] == "UNet: 19 modules served by glide_fast, 0 left alone"
-    assert "   8 × ResBlock: residual block: GroupNorm, FiLM, SiLU in one pass (input_blocks.1.0, " in text
+    assert "   8 × ResBlock: residual block: GroupNorm, FiLM, SiLU, convolution in one pass (" in text
     assert "   4 × QKVAttentionLegacy: attention over image, by head (" in text
 
 
