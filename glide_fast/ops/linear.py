@@ -79,7 +79,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        output: Tensor = FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, None, weight, *rest)
+        output: Tensor = FORWARD.redispatch(
+            keyset & torch._C._after_autograd_keyset, x, None, trained(weight), *rest
+        )
         return output
 
     @staticmethod
