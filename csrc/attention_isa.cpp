@@ -99,9 +99,9 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
         const int64_t count = smaller(BLOCK_KEYS, problem.keys() - begin);
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
         for (int64_t k = 0; k < padded; k += PANEL)
-            multiply_panel({problem.query.at(picture, first, head), problem.query.token, 1}, rows,
-                           keys + (begin + k) * problem.dim, PANEL, problem.dim, scores + k, BLOCK_KEYS,
-                           false);
+            multiply_panel<LONG_SUMS>({problem.query.at(picture, first, head), problem.query.token, 1}, rows,
+                                      keys + (begin + k) * problem.dim, PANEL, problem.dim, scores + k,
+                                      BLOCK_KEYS, false);
         for (int64_t row = 0; row < rows; ++row) {
             const float shrink =
                 exponentiate(scores + row * BLOCK_KEYS, count, scale, maximum + row, total + row);
@@ -110,8 +110,9 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
                     store(sums + row * width + d, load(sums + row * width + d) * shrink);
         }
         for (int64_t d = 0; d < width; d += PANEL)
-            multiply_panel({scores, BLOCK_KEYS, 1}, rows, values + d * problem.padded_keys() + begin * PANEL,
-                           PANEL, padded, sums + d, width, begin > 0);
+            multiply_panel<LONG_SUMS>({scores, BLOCK_KEYS, 1}, rows,
+                                      values + d * problem.padded_keys() + begin * PANEL, PANEL, padded,
+                                      sums + d, width, begin > 0);
     }
     for (int64_t row = 0; row < rows; ++row) {
         float* target =

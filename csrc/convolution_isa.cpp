@@ -12,46 +12,65 @@ static_assert(PANEL == glide_fast::CONVOLUTION_PANEL, "one panel for all");
 constexpr int64_t SPREAD =
     glide_fast::CACHE_LINE_FLOATS;  // between positions, against conflicts in the cache
 
-// [positions, tiles, PANEL] of products -> pixels of the output, with bias and residual.
-template <int64_t TILE>
+// Where a tile's pixels go.
+struct TileTarget {
+    int64_t picture, rows, columns, corner;  // of the output, at the panel's first channel
+
+    TileTarget(const Convolution& problem, int64_t tile_row, int64_t tile_column, int64_t channel) {
+        picture = tile_row / problem.tile_rows();
+        const int64_t y = tile_row % problem.tile_rows() * problem.tile, x = tile_column * problem.tile;
+        rows = smaller(problem.tile, problem.height - y);
+        columns = smaller(problem.tile, problem.width - x);
+        corner = ((picture * problem.height + y) * problem.width + x) * problem.out_channels + channel;
+    }
+};
+
+// Products [positions, LANES] -> pixels of the output, with bias and residual. WHOLE: no pixel and no channel
+// is beyond the map.
+template <int64_t TILE, bool WHOLE, bool RESIDUAL>
 void transform_tile(const Convolution& problem, const float* products, int64_t position_stride,
-                    int64_t tile_row, int64_t tile_column, int64_t channel) {
+                    const TileTarget& target, int64_t lane, int64_t lanes, Vector bias) {
     constexpr int64_t SIZE = TILE + 2;
-    const int64_t picture = tile_row / problem.tile_rows(), out_channels = problem.out_channels;
-    const int64_t y0 = tile_row % problem.tile_rows() * TILE, x0 = tile_column * TILE;
-    const int64_t rows = smaller(TILE, problem.height - y0), columns = smaller(TILE, problem.width - x0);
-    const int64_t corner = ((picture * problem.height + y0) * problem.width + x0) * out_channels + channel;
-    for (int64_t lane = 0; lane < PANEL && channel + lane < out_channels; lane += LANES) {
-        const int64_t lanes = smaller(LANES, out_channels - channel - lane);
-        Vector horizontal[SIZE][TILE];
+    Vector horizontal[SIZE][TILE];
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < SIZE; ++i) {
-            Vector m[SIZE];
+    for (int64_t i = 0; i < SIZE; ++i) {
+        Vector m[SIZE];
 #pragma GCC unroll 8
-            for (int64_t j = 0; j < SIZE; ++j)
-                m[j] = load(products + (i * SIZE + j) * position_stride + lane);
-            Winograd<TILE>::output(m, horizontal[i]);
+        for (int64_t j = 0; j < SIZE; ++j) m[j] = load(products + (i * SIZE + j) * position_stride);
+        Winograd<TILE>::output(m, horizontal[i]);
+    }
+#pragma GCC unroll 8
+    for (int64_t x = 0; x < TILE; ++x) {
+        Vector m[SIZE], result[TILE];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < SIZE; ++i) m[i] = horizontal[i][x];
+        Winograd<TILE>::output(m, result);
+#pragma GCC unroll 8
+        for (int64_t y = 0; y < TILE; ++y) {
+            if (!WHOLE && (y >= target.rows || x >= target.columns)) continue;
+            const int64_t at = target.corner + (y * problem.width + x) * problem.out_channels + lane;
+            Vector value = result[y] + bias;
+            if (RESIDUAL) value += load_lanes<WHOLE>(problem.residual + at, lanes);
+            store_lanes<WHOLE>(problem.output + at, value, lanes);
         }
+    }
+}
+
+template <int64_t TILE>
+void transform_panel(const Convolution& problem, const float* products, int64_t position_stride,
+                     int64_t tile_row, int64_t tile_column, int64_t channel) {
+    const TileTarget target(problem, tile_row, tile_column, channel);
+    for (int64_t lane = 0; lane < PANEL && channel + lane < problem.out_channels; lane += LANES) {
+        const int64_t lanes = smaller(LANES, problem.out_channels - channel - lane);
         Vector bias{};
         if (problem.bias != nullptr)
-            bias = load_first(problem.bias + picture * problem.bias_stride + channel + lane, lanes);
-        for (int64_t x = 0; x < columns; ++x) {
-            Vector m[SIZE], result[TILE];
-#pragma GCC unroll 8
-            for (int64_t i = 0; i < SIZE; ++i) m[i] = horizontal[i][x];
-            Winograd<TILE>::output(m, result);
-            for (int64_t y = 0; y < rows; ++y) {
-                const int64_t at = corner + (y * problem.width + x) * out_channels + lane;
-                Vector value = result[y] + bias;
-                if (lanes == LANES) {
-                    if (problem.residual != nullptr) value += load(problem.residual + at);
-                    store(problem.output + at, value);
-                } else {
-                    if (problem.residual != nullptr) value += load_first(problem.residual + at, lanes);
-                    store_first(problem.output + at, value, lanes);
-                }
-            }
-        }
+            bias = load_first(problem.bias + target.picture * problem.bias_stride + channel + lane, lanes);
+        const bool whole = lanes == LANES && target.rows == TILE && target.columns == TILE;
+        const auto transform =
+            problem.residual == nullptr
+                ? (whole ? transform_tile<TILE, true, false> : transform_tile<TILE, false, false>)
+                : (whole ? transform_tile<TILE, true, true> : transform_tile<TILE, false, true>);
+        transform(problem, products + lane, position_stride, target, lane, lanes, bias);
     }
 }
 
@@ -71,13 +90,13 @@ void multiply(const Convolution& problem, const TileChunk& chunk, int64_t parts,
         for (int64_t position = 0; position < POSITIONS; ++position) {
             const float* a = chunk.transformed + position * chunk.position_stride + first * chunk.tile_stride;
             const float* b = problem.weight + (panel * POSITIONS + position) * problem.channels * PANEL;
-            multiply_panel({a, chunk.tile_stride, 1}, tiles, b, PANEL, problem.channels,
-                           products + position * stride, PANEL, false);
+            multiply_panel<SHORT_SUMS>({a, chunk.tile_stride, 1}, tiles, b, PANEL, problem.channels,
+                                       products + position * stride, PANEL, false);
         }
         for (int64_t tile = 0; tile < tiles; ++tile)
-            transform_tile<TILE>(problem, products + tile * PANEL, stride,
-                                 chunk.begin + (first + tile) / across, (first + tile) % across,
-                                 panel * PANEL);
+            transform_panel<TILE>(problem, products + tile * PANEL, stride,
+                                  chunk.begin + (first + tile) / across, (first + tile) % across,
+                                  panel * PANEL);
     }
 }
 

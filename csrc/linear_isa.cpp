@@ -42,8 +42,8 @@ void multiply(const LinearProblem& problem, int64_t begin, int64_t end, float* s
         bool add = false;
         for (const LinearSource& source : problem.sources) {
             if (source.depth == 0) continue;
-            multiply_panel({source.data + first * source.row, source.row, source.column}, rows, b,
-                           problem.b_row, source.depth, sums, PANEL, add);
+            multiply_panel<LONG_SUMS>({source.data + first * source.row, source.row, source.column}, rows, b,
+                                      problem.b_row, source.depth, sums, PANEL, add);
             b += source.depth * problem.b_row;
             add = true;
         }

@@ -11,8 +11,9 @@ namespace {
 
 constexpr int64_t PANEL = 32;  // columns of a packed panel, on every ISA: packed weights can change hands
 constexpr int64_t WIDTH = 2 * LANES;
-// Partial sums over so many products are added up: the error of a sum then grows with depth / 32.
-constexpr int64_t PARTIAL_DEPTH = 32;
+// Partial sums over so many products are added up, so that the error of a sum grows with the number of
+// partial sums and not with its length. Winograd's domain, whose way back enlarges errors, needs short ones.
+constexpr int64_t LONG_SUMS = 128, SHORT_SUMS = 32;
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int64_t MAX_ROWS = 12;  // of 32 registers 24 accumulate
 #else
@@ -26,7 +27,7 @@ struct Matrix {
 };
 
 // C [ROWS, WIDTH] = A [ROWS, depth] B [depth, WIDTH], or added to what C holds.
-template <int64_t ROWS>
+template <int64_t PARTIAL_DEPTH, int64_t ROWS>
 void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool add) {
     for (int64_t begin = 0; begin < depth; begin += PARTIAL_DEPTH) {
         const int64_t end = begin + PARTIAL_DEPTH < depth ? begin + PARTIAL_DEPTH : depth;
@@ -52,27 +53,30 @@ void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, i
 
 using Product = void (*)(Matrix, const float*, int64_t, int64_t, float*, int64_t, bool);
 
-template <int64_t... ROWS>
+template <int64_t PARTIAL_DEPTH, int64_t... ROWS>
 struct Products {
-    static constexpr Product BY_ROWS[] = {nullptr, product<ROWS>...};
+    static constexpr Product BY_ROWS[] = {nullptr, product<PARTIAL_DEPTH, ROWS>...};
 };
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
-using AllProducts = Products<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+template <int64_t PARTIAL_DEPTH>
+using AllProducts = Products<PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
 #else
-using AllProducts = Products<1, 2, 3, 4, 5, 6>;
+template <int64_t PARTIAL_DEPTH>
+using AllProducts = Products<PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6>;
 #endif
 
 // C [rows, PANEL] = A [rows, depth] B [depth, PANEL], or added to what C holds. Any number of rows: they are
 // cut into steps as equal as possible, because a step of few rows uses few accumulators.
-inline void multiply_panel(Matrix a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
-                           int64_t c_row, bool add) {
+template <int64_t PARTIAL_DEPTH>
+void multiply_panel(Matrix a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
+                    int64_t c_row, bool add) {
     int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t row = 0; row < rows; --steps) {
         const int64_t count = (rows - row + steps - 1) / steps;
         const Matrix block = {a.data + row * a.row, a.row, a.column};
         for (int64_t column = 0; column < PANEL; column += WIDTH)
-            AllProducts::BY_ROWS[count](block, b + column, b_row, depth, c + row * c_row + column, c_row,
-                                        add);
+            AllProducts<PARTIAL_DEPTH>::BY_ROWS[count](block, b + column, b_row, depth,
+                                                       c + row * c_row + column, c_row, add);
         row += count;
     }
 }

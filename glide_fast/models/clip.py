@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_fast import ops
 from glide_fast.models.layers import Conv2d, Linear
 from glide_fast.models.resnet import ResNetConfig, ResNetTower
 from glide_fast.models.transformer import LayerNorm, self_attention
@@ -64,7 +65,7 @@ class ClipAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         x = x if self.batch_first else x.transpose(0, 1)
-        projected = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
+        projected = ops.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
         split = torch.unflatten(projected, 2, (3, self.heads, -1))
         query, key, value = split.unbind(2)  # [B, T, N, D]
         out: Tensor = self.out_proj(self_attention(query, key, value, causal=self.causal))

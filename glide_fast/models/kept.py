@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from glide_fast.models.clip import ClipAttention
 from glide_fast.models.layers import Conv2d, Linear, PointwiseConv
+from glide_fast.models.noisy_clip import Projection
 from glide_fast.ops import packed
 
 _LARGEST_GROWTH = 4  # of a 3x3 weight in Winograd's domain
@@ -17,8 +19,15 @@ _SPARE = 0.1  # of the available memory, for everything else
 
 def weights_to_pack(modules: Iterable[nn.Module]) -> list[Tensor]:
     """The weights of this package's convolutions and linear layers that are on the CPU."""
-    layers = (module for module in modules if isinstance(module, Conv2d | Linear | PointwiseConv))
-    return [layer.weight for layer in layers if layer.weight.device.type == "cpu"]
+    weights = []
+    for module in modules:
+        if isinstance(module, Conv2d | Linear | PointwiseConv):
+            weights.append(module.weight)
+        elif isinstance(module, Projection):
+            weights.append(module.w)
+        elif isinstance(module, ClipAttention):
+            weights.append(module.in_proj_weight)
+    return [weight for weight in weights if weight.device.type == "cpu"]
 
 
 def packed_bytes(weights: Iterable[Tensor]) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from glide_fast import ops
 from glide_fast.models.transformer import self_attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures CLIP was trained on, in 0 .. 1
@@ -60,7 +61,7 @@ class Projection(nn.Module):
         if bias is not None and self.frozen_middle:
             before, middle, after = torch.chunk(bias, 3)
             bias = torch.cat([before, middle.detach(), after])
-        return F.linear(x, self.w.to(x.dtype), bias)
+        return ops.linear(x, self.w.to(x.dtype), bias)
 
 
 class Norm(nn.Module):
