@@ -151,8 +151,8 @@ def test_a_class_that_the_model_does_not_have_is_named(folder: Path) -> None:
     assert config.classifier is not None
     trunk = replace(config.classifier.trunk, out_channels=2)
     config = replace(config, classifier=replace(config.classifier, trunk=trunk))
+    source = open_source(config)
     with pytest.warns(UserWarning, match=r"class 2 of sample '\d-\d' is none of the model's 2; left out"):
-        source = open_source(config)
         labels = [source.take(step, slice(0, 8)).label_tensor() for step in range(4)]
     assert {int(label) for each in labels for label in each} == {0, 1}
 
