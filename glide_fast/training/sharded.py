@@ -7,6 +7,7 @@ has its ``.metadata``, which is written last; older ones are removed after that.
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: a file of it is broken or missing, or it has other entries.
     """
     try:
-        load_shards(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it may be
+            load_shards(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, RuntimeError) as error:
         reasons = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
         raise ValueError(f"{folder} is not a readable checkpoint: {next(iter(reasons))[0]}") from error
