@@ -21,6 +21,7 @@ void add_map(const Tensor& x, int64_t stride, int64_t first, std::vector<Moments
     const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
     const int64_t ranges = divide_up(pixels, PIXELS_PER_TASK);
     std::vector<double> parts(2 * batch * ranges * channels);
+    const float* pixels_of_all = data(x);
     for_each_task(batch * ranges, 8 * std::min(PIXELS_PER_TASK, pixels) * channels,
                   [&](int64_t begin, int64_t end) {
                       for (int64_t task = begin; task < end; ++task) {
@@ -28,8 +29,8 @@ void add_map(const Tensor& x, int64_t stride, int64_t first, std::vector<Moments
                           const int64_t count = std::min(PIXELS_PER_TASK, pixels - from);
                           double* part = parts.data() + 2 * task * channels;
                           current_isa().group_norm->channel_moments(
-                              {data(x) + (task / ranges * pixels + from) * channels, count, channels, part,
-                               part + channels});
+                              {pixels_of_all + (task / ranges * pixels + from) * channels, count, channels,
+                               part, part + channels});
                       }
                   });
     for (int64_t task = 0; task < batch * ranges; ++task) {
@@ -52,6 +53,10 @@ Four group_norm_coefficients(Tensor x, OptionalTensor skip, Tensor weight, Tenso
 
     Tensor gain = empty({batch, channels}), offset = empty({batch, channels});
     Tensor mean = empty({batch, groups}), rstd = empty({batch, groups});
+    float *gains = mutable_data(gain), *offsets = mutable_data(offset);
+    float *means = mutable_data(mean), *inverses = mutable_data(rstd);
+    const float *weights = data(weight), *biases = data(bias), *scales = data(scale), *shifts = data(shift);
+    const int64_t scale_stride = scale ? scale->stride(0) : 0, shift_stride = shift ? shift->stride(0) : 0;
     const int64_t members = channels / groups;
     for (int64_t picture = 0; picture < batch; ++picture)
         for (int64_t group = 0; group < groups; ++group) {
@@ -61,15 +66,15 @@ Four group_norm_coefficients(Tensor x, OptionalTensor skip, Tensor weight, Tenso
                 all.add(part.count, part.mean, part.squares);
             }
             const double inverse = inverse_deviation(all, eps);
-            mutable_data(mean)[picture * groups + group] = static_cast<float>(all.mean);
-            mutable_data(rstd)[picture * groups + group] = static_cast<float>(inverse);
+            means[picture * groups + group] = static_cast<float>(all.mean);
+            inverses[picture * groups + group] = static_cast<float>(inverse);
             for (int64_t c = group * members; c < (group + 1) * members; ++c) {
-                const double film = scale ? 1.0 + data(scale)[picture * scale->stride(0) + c] : 1.0;
-                const double shifted = shift ? data(shift)[picture * shift->stride(0) + c] : 0.0;
-                const double factor = data(weight)[c] * film * inverse;
-                mutable_data(gain)[picture * channels + c] = static_cast<float>(factor);
-                mutable_data(offset)[picture * channels + c] =
-                    static_cast<float>(data(bias)[c] * film + shifted - all.mean * factor);
+                const double film = scale ? 1.0 + scales[picture * scale_stride + c] : 1.0;
+                const double shifted = shift ? shifts[picture * shift_stride + c] : 0.0;
+                const double factor = weights[c] * film * inverse;
+                gains[picture * channels + c] = static_cast<float>(factor);
+                offsets[picture * channels + c] =
+                    static_cast<float>(biases[c] * film + shifted - all.mean * factor);
             }
         }
     return {gain, offset, mean, rstd};

@@ -165,11 +165,21 @@ def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
     """Double (nearest) or halve (average) the sides of [B, C, *space], not a volume's depth; or leave it."""
     if resample == "none":
         return x
+    if resample == "up" and x.dim() == 4:
+        return _doubled(x)
     factors = [1, 2, 2] if x.dim() == 5 else [2] * (x.dim() - 2)
     if resample == "up":
         return F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
     pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
     return pool(x, factors)  # type: ignore[no-any-return]
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> channels-last [B, C, 2H, 2W]: one copy of whole pixels, where interpolation takes longer."""
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    pixels = pixels.expand(batch, height, 2, width, 2, channels)
+    return pixels.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class Upsample(nn.Module):
