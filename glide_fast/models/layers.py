@@ -175,7 +175,7 @@ def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> channels-last [B, C, 2H, 2W]: one copy of whole pixels, where interpolation takes longer."""
+    """[B, C, H, W] -> channels-last [B, C, 2H, 2W]: a copy of whole pixels, faster than interpolation."""
     batch, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
     pixels = pixels.expand(batch, height, 2, width, 2, channels)
