@@ -1,5 +1,5 @@
 // GroupNorm, affine map and FiLM of one or two channels-last maps as one gain and offset a channel, for a
-// convolution that applies them to its input. Called from glide_fast/ops/norm_conv_cpu.py, which checks.
+// convolution that applies them to its input. Called from glide_fast/ops/convolution_cpu.py, which checks.
 #include <algorithm>
 #include <tuple>
 

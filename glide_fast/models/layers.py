@@ -252,6 +252,8 @@ class ResBlock(nn.Module):
 
         ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
         """
+        if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
+            x, skip = torch.cat([x, skip], dim=1), None
         modulation = self.emb_layers["1"](embedding).to(x.dtype).expand(len(x), -1)
         film = modulation.chunk(2, dim=1) if self.scale_shift_norm else None
         h = activated_convolution(

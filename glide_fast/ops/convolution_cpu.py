@@ -66,6 +66,25 @@ def _coefficients(
     return coefficients
 
 
+def _coefficients_again(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and offset of each channel [B, C] from the statistics that the forward pass returned."""
+    if norm_weight is None or norm_bias is None:
+        return None, None
+    members = len(norm_weight) // mean.shape[1]
+    factor = norm_weight.float() * rstd.repeat_interleave(members, 1)
+    offset = norm_bias.float() - mean.repeat_interleave(members, 1) * factor
+    if scale is not None and shift is not None:
+        factor, offset = factor * (1 + scale), offset * (1 + scale) + shift
+    return factor.contiguous(), offset.contiguous()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """Float32 with dense rows; rows of [B, C] need not be adjacent."""
     tensor = tensor.float()
@@ -130,7 +149,7 @@ def norm_convolution_backward(
     grad, map_x = _channels_last(grad), _channels_last(x)
     grad_weight = weight.new_empty(0)
     if needs_weight:
-        gain, offset, _, _ = _coefficients(map_x, None, norm_weight, norm_bias, scale, shift, groups, eps)
+        gain, offset = _coefficients_again(norm_weight, norm_bias, scale, shift, mean, rstd)
         grad_weight = _OPS.convolution_weight_gradient(grad, map_x, gain, offset, mode, tile)
     inner = None
     if needs_x:

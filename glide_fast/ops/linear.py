@@ -31,10 +31,9 @@ def composed_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients by PyTorch's own."""
-    nothing = x.new_empty(0)
-    grad_x = grad @ weight.flatten(1) if needs_x else nothing
+    grad_x = grad @ weight.flatten(1) if needs_x else reference.nothing(x)
     if not needs_weight:
-        return grad_x, nothing
+        return grad_x, reference.nothing(x)
     grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return grad_x, grad_weight.view(weight.shape)
 

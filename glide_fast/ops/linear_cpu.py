@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glide_fast.ops import linear as op
-from glide_fast.ops import memory
+from glide_fast.ops import memory, reference
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.packed import packed
 
@@ -65,7 +65,7 @@ def linear_backward(
     if not _is_served(grad, x, weight) or len(rows) < _FEWEST_ROWS:
         return op.composed_backward(grad, x, weight, needs_x, needs_weight)
     features = x.shape[-1]
-    grad_x = grad_weight = x.new_empty(0)
+    grad_x, grad_weight = reference.nothing(x), reference.nothing(x)
     if needs_x:
         grad_x = _multiply(grad_rows, weight.flatten(1), features).view(x.shape)
     if needs_weight:

@@ -118,7 +118,7 @@ def composed_backward(
     grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, y, weight, None, ones, padding_of(weight), ones, False, zeros, 1, [needs_x, needs_weight, False]
     )
-    grad_weight = weight.new_empty(0) if grad_weight is None else grad_weight
+    grad_weight = weight.new_empty(0) if grad_weight is None else grad_weight.contiguous()
     inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
     return (*inner, grad_weight, bias_gradient(grad, bias))
 
@@ -135,11 +135,12 @@ def before_convolution(
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of what is convolved: those of x, the norm's weight and bias, scale and shift."""
-    nothing = x.new_empty(0)
     if grad is None:
-        return (nothing,) * 5
+        return reference.nothing(x), *reference.four_nothings(x)
     if norm_weight is None or norm_bias is None:
-        return reference.resample_backward(grad, mode, x.shape[2:]), *(nothing,) * 4
+        grad_x = reference.resample_backward(grad, mode, x.shape[2:])
+        grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
+        return grad_x, *reference.four_nothings(x)
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
         grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
     )

@@ -36,6 +36,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def nothing(x: Tensor) -> Tensor:
+    """What stands for a gradient that is not there: an op's outputs must not share memory."""
+    return x.new_empty(0)
+
+
+def four_nothings(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four gradients that are not there."""
+    return nothing(x), nothing(x), nothing(x), nothing(x)
+
+
 def per_channel(values: Tensor, ndim: int) -> Tensor:
     """[C] or [B, C] -> the same with trailing ones, so that it broadcasts over [B, C, *space]."""
     batch = values.shape[0] if values.ndim == 2 else 1
@@ -202,7 +212,7 @@ def norm_convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, norm_weight, norm_bias, scale, shift, weight, bias; empty where not needed."""
     dtype = compute_dtype(x.dtype)
-    nothing, wide = x.new_empty(0), x.to(dtype)
+    wide = x.to(dtype)
     if norm_weight is None or norm_bias is None:
         activated = resample(wide, mode)
     else:
@@ -222,19 +232,20 @@ def norm_convolution_backward(
         1,
         [True, True, False],
     )
-    inner = (nothing,) * 5
+    inner = nothing(x), *four_nothings(x)
     if needs_x and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
             grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
         )
     elif needs_x:
         inner = (resample_backward(grad_activated, mode, x.shape[2:]), *inner[1:])
-    grad_bias = nothing
+    grad_bias = nothing(x)
     if bias is not None:
         dims = [dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)]
         grad_bias = grad.to(dtype).sum(dims).to(bias.dtype)
-    grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing
-    return grad_x, *inner[1:], grad_weight.to(weight.dtype) if needs_weight else nothing, grad_bias
+    grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
+    grad_weight = grad_weight.to(weight.dtype).contiguous() if needs_weight else nothing(x)
+    return grad_x, *inner[1:], grad_weight, grad_bias
 
 
 def linear(
@@ -262,8 +273,8 @@ def linear_backward(
     """Gradients of x and weight; empty where not needed."""
     dtype = compute_dtype(x.dtype)
     flat = grad.to(dtype).reshape(-1, grad.shape[-1])
-    grad_x = (grad.to(dtype) @ weight.flatten(1).to(dtype)).to(x.dtype) if needs_x else x.new_empty(0)
-    grad_weight = x.new_empty(0)
+    grad_x = (grad.to(dtype) @ weight.flatten(1).to(dtype)).to(x.dtype) if needs_x else nothing(x)
+    grad_weight = nothing(x)
     if needs_weight:
         grad_weight = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
         grad_weight = grad_weight.to(weight.dtype).view(weight.shape)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.ops import attention, group_norm, reference
-from tests.ops import attention_cases, group_norm_cases
+from glide_fast.ops import attention, group_norm, linear, norm_convolution, reference
+from tests.ops import attention_cases, group_norm_cases, norm_convolution_cases
 
 NORM = group_norm_cases.Case
 ATTENTION = attention_cases.Case
@@ -25,6 +25,12 @@ NORMS = [
 ATTENTIONS = [
     ATTENTION(queries=6, heads=2, dim=4),
     ATTENTION(queries=5, heads=2, dim=3, text=2, layout="channels_first"),
+]
+CONVOLUTION = norm_convolution_cases.Case
+CONVOLUTIONS = [
+    CONVOLUTION(shape=(2, 6, 5, 4), skip=2, out=3, film=True, residual=True, resample="up"),
+    CONVOLUTION(shape=(2, 4, 16, 16), out=3, groups=None, layout="contiguous"),
+    CONVOLUTION(shape=(2, 4, 6), out=3, groups=2, bias="each"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 MODES = {"none": reference.RESAMPLE_NONE, "up": reference.RESAMPLE_UP, "down": reference.RESAMPLE_DOWN}
@@ -71,6 +77,60 @@ def test_opcheck_of_attention_backward(case: ATTENTION, dtype: torch.dtype) -> N
     torch.library.opcheck(torch.ops.glide_fast.attention_backward.default, arguments)
 
 
+def convolution_arguments(case: CONVOLUTION, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of the op glide_fast::norm_convolution."""
+    given = case.inputs(dtype)
+    first = [given.get(name) for name in ("x", "skip", "norm_weight", "norm_bias", "scale", "shift")]
+    settings = (case.groups or 1, 1e-5, MODES[case.resample])
+    return (*first, *settings, given["weight"], given.get("bias"), given.get("residual"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_opcheck_of_norm_convolution(case: CONVOLUTION, dtype: torch.dtype) -> None:
+    arguments = convolution_arguments(case, dtype)
+    torch.library.opcheck(torch.ops.glide_fast.norm_convolution.default, arguments)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_opcheck_of_norm_convolution_backward(
+    case: CONVOLUTION, dtype: torch.dtype, needs: tuple[bool, bool]
+) -> None:
+    batch, channels, *space = case.shape
+    joined = replace(case, shape=(batch, channels + case.skip, *space), skip=0)
+    x, *arguments = detached(convolution_arguments(joined, dtype))
+    output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, *arguments)
+    _skip, *film, groups, eps, mode, weight, bias, _residual = arguments
+    grad = torch.randn_like(output)
+    torch.library.opcheck(
+        torch.ops.glide_fast.norm_convolution_backward.default,
+        (grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_opcheck_of_linear(rows: int, dtype: torch.dtype) -> None:
+    x, second = torch.randn(2, rows, 6, dtype=dtype), torch.randn(2, rows, 2, dtype=dtype)
+    weight, bias = torch.randn(5, 8, dtype=dtype), torch.randn(5, dtype=dtype)
+    grad = torch.randn(2, rows, 5, dtype=dtype)
+    leaves = [each.requires_grad_() for each in (x, second, weight, bias)]
+    torch.library.opcheck(torch.ops.glide_fast.linear.default, (*leaves, None))
+    x, weight = x.detach(), weight.detach()[:, :6]
+    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, True, True))
+    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, False, True))
+
+
+@pytest.mark.parametrize("case", [CONVOLUTIONS[0], CONVOLUTIONS[2]], ids=str)
+def test_gradcheck_of_norm_convolution(case: CONVOLUTION) -> None:
+    inputs = case.inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *values: case.ours(dict(zip(inputs, values, strict=True))), tuple(inputs.values())
+    )
+
+
 @pytest.mark.parametrize("case", NORMS, ids=str)
 def test_gradcheck_of_group_norm(case: NORM) -> None:
     inputs = tuple(replace(case, dtype=torch.float64).inputs())
@@ -109,6 +169,24 @@ def test_attention_compiles_into_one_graph(case: ATTENTION) -> None:
     same_compiled(lambda *values: attention_cases.ours(list(values)), case.inputs, "aot_eager")
 
 
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_norm_convolution_compiles_into_one_graph(case: CONVOLUTION) -> None:
+    names = list(case.inputs())
+    same_compiled(
+        lambda *values: case.ours(dict(zip(names, values, strict=True))),  # type: ignore[arg-type]
+        lambda: list(case.inputs().values()),
+        "aot_eager",
+    )
+
+
+def test_linear_compiles_into_one_graph() -> None:
+    def make() -> list[Tensor | None]:
+        torch.manual_seed(0)
+        return [torch.randn(shape, requires_grad=True) for shape in ((2, 20, 6), (5, 6), (5,))]
+
+    same_compiled(lambda *values: linear(*values), make, "aot_eager")  # type: ignore[arg-type]
+
+
 def test_both_ops_compile_with_inductor_between_other_operations() -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor) -> Tensor:
         y = group_norm(x * 2, weight, bias, groups=4, activation="silu")
@@ -136,6 +214,8 @@ def test_a_compiled_function_serves_another_batch_size() -> None:
 
 def test_meta_tensors_give_the_shape_without_any_work() -> None:
     x, parameter = torch.empty(2, 64, 512, 512, device="meta"), torch.empty(64, device="meta")
+    weight = torch.empty(8, 64, 3, 3, device="meta")
+    assert norm_convolution(x, weight, resample="up").shape == (2, 8, 1024, 1024)
     assert group_norm(x, parameter, parameter, resample="down").shape == (2, 64, 256, 256)
     qkv = torch.empty(2, 4096, 8, 3, 64, device="meta").unbind(3)
     assert attention(*qkv).shape == (2, 4096, 8, 64)

@@ -13,7 +13,13 @@ import sys
 import pytest
 import torch
 
-from tests.ops import attention_cases, test_attention, test_group_norm
+from tests.ops import (
+    attention_cases,
+    norm_convolution_cases,
+    test_attention,
+    test_group_norm,
+    test_norm_convolution,
+)
 
 # glibc fills with the complement of the byte: 0x7e7e7e7e is 8.5e37 as a float32, and huge as any other dtype.
 # The cache of freed blocks is off, since what it hands out is not filled.
@@ -29,6 +35,8 @@ def main() -> None:
         test_group_norm.assert_exact(case)
     for case in (*test_attention.ODD, test_attention.PRESETS[2]):
         attention_cases.assert_exact(case)
+    for case in [*test_norm_convolution.MAP_CASES[::5], *test_norm_convolution.OTHER_CASES]:
+        norm_convolution_cases.assert_exact(case)
 
 
 def test_every_element_of_every_output_is_written() -> None:
