@@ -14,6 +14,13 @@ LIMITS = {"GFLOP/s": "peak_gflops", "GB/s": "copy_gbs"}
 MEBI = 1 << 20
 
 
+_ORDER = ("upstream", "upstream, text once", "compile", "openvino", "onnxruntime")  # of a case's rows
+
+
+def _place(peer: str) -> int:
+    return _ORDER.index(peer) if peer in _ORDER else len(_ORDER)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
     """A case against a peer.
@@ -118,7 +125,9 @@ class Record:
     red: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; each row carries the facts about the machine."""
+        """Write it as JSON, a case's rows together; each row carries the facts about the machine."""
+        cases = list(dict.fromkeys((row.suite, row.case) for row in self.speed))
+        self.speed.sort(key=lambda row: (cases.index((row.suite, row.case)), _place(row.peer)))
         content = {
             "facts": self.facts,
             "quick": self.quick,
