@@ -135,11 +135,16 @@ def activated_convolution(
 ) -> Tensor:
     """GroupNorm of x and ``skip``, FiLM, SiLU, resampling, convolution; ``shift`` and ``residual`` are added.
 
-    One operation, if the convolution is one of this file's; a layer that someone put in its place is called.
+    One operation, unless the convolution was replaced or a hook watches a layer: then both layers are called.
     """
     scale, offset = (None, None) if film is None else film
     volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
-    if type(convolution) not in CONVOLUTIONS.values() or volume:
+    if (
+        type(convolution) not in CONVOLUTIONS.values()
+        or volume
+        or _is_watched(norm)
+        or _is_watched(convolution)
+    ):
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
@@ -172,6 +177,12 @@ def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
         return F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
     pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
     return pool(x, factors)  # type: ignore[no-any-return]
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether a hook waits for the layer's own call."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
 
 
 def _doubled(x: Tensor) -> Tensor:

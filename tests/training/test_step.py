@@ -137,9 +137,7 @@ def test_a_poisoned_parameter_is_named_and_nothing_is_updated(pictures: Path, tm
     assert "at step 3," in message
     low, high = re.search(r"timesteps (\d+) \.\. (\d+)", message).groups()  # type: ignore[union-attr]
     assert 0 <= int(low) <= int(high) < 20
-    assert re.search(
-        r"the first module with a non-finite output is middle_block\.0\.(in_layers\.2|out_lay)", message
-    )
+    assert "the first module with a non-finite output is middle_block.0.in_layers.2;" in message
     assert f"parameter {name} is not finite" in message
     assert "the last checkpoint is not there yet" in message
     assert trainer.state.step == 3
