@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     problem.packed_values = problem.packed_keys + key_floats;
 
     const AttentionKernels& kernels = *current_isa().attention;
-    for_each_task(heads * problem.key_panels(), 8 * ATTENTION_PANEL * problem.dim,
+    for_each_task(heads * problem.key_panels(), 8 * PANEL * problem.dim,
                   [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });
     const int64_t operations =
         BLOCK_QUERIES * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);

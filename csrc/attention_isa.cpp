@@ -10,8 +10,6 @@ namespace {
 using glide_fast::Attention;
 using glide_fast::AttentionTensor;
 
-static_assert(PANEL == glide_fast::ATTENTION_PANEL, "one panel for all");
-
 constexpr int64_t BLOCK_KEYS = 256;  // whose scores are in memory at a time
 constexpr float LOWEST = -3.0e38f;
 

@@ -21,7 +21,7 @@ constexpr int64_t TRANSFORM_OPERATIONS = 8;  // about what a transformed number 
 
 // Of the products of one panel with so many tiles.
 int64_t product_operations(const Convolution& problem, int64_t tiles) {
-    return 2 * problem.positions() * tiles * problem.channels * CONVOLUTION_PANEL;
+    return 2 * problem.positions() * tiles * problem.channels * PANEL;
 }
 
 // Calls `work(chunk, memory)` for one chunk after the other, its input transformed. `memory` has room for
@@ -82,17 +82,15 @@ WeightLayout layout_of(const Tensor& weight, bool transposed) {
 }
 
 void pack_into(const WeightLayout& layout, int64_t tile, float* packed) {
-    const int64_t panels = divide_up(layout.out_channels, CONVOLUTION_PANEL);
-    for_each_task(panels,
-                  layout.channels * CONVOLUTION_PANEL * (tile + 2) * (tile + 2) * TRANSFORM_OPERATIONS,
+    const int64_t panels = divide_up(layout.out_channels, PANEL);
+    for_each_task(panels, layout.channels * PANEL * (tile + 2) * (tile + 2) * TRANSFORM_OPERATIONS,
                   [&](int64_t begin, int64_t end) {
                       current_isa().convolution->transform_weight(layout, tile, packed, begin, end);
                   });
 }
 
 std::vector<int64_t> packed_sizes(const WeightLayout& layout, int64_t tile) {
-    return {divide_up(layout.out_channels, CONVOLUTION_PANEL), (tile + 2) * (tile + 2), layout.channels,
-            CONVOLUTION_PANEL};
+    return {divide_up(layout.out_channels, PANEL), (tile + 2) * (tile + 2), layout.channels, PANEL};
 }
 
 Tensor pack_convolution(Tensor weight, int64_t tile) {
@@ -151,13 +149,13 @@ Tensor convolution_weight_gradient(Tensor grad, Tensor x, OptionalTensor gain, O
     WeightGradient gradient{};
     gradient.grad = data(grad);
     gradient.sums = scratch_memory<ScratchUse::WEIGHTS>(problem.panels() * problem.positions() *
-                                                        problem.channels * CONVOLUTION_PANEL);
-    gradient.tile_stride = spread_stride(problem.panels() * CONVOLUTION_PANEL);
+                                                        problem.channels * PANEL);
+    gradient.tile_stride = spread_stride(problem.panels() * PANEL);
     gradient.first = true;
     for_each_chunk(problem, gradient.tile_stride, [&](const TileChunk& chunk, float* memory) {
         gradient.transformed = memory;
         gradient.position_stride = chunk.tiles(problem) * gradient.tile_stride + CACHE_LINE_FLOATS;
-        const int64_t vectors = problem.panels() * CONVOLUTION_PANEL / kernels.lanes;
+        const int64_t vectors = problem.panels() * PANEL / kernels.lanes;
         for_each_task(vectors,
                       problem.positions() * chunk.tiles(problem) * kernels.lanes * TRANSFORM_OPERATIONS,
                       [&](int64_t begin, int64_t end) {
@@ -172,7 +170,7 @@ Tensor convolution_weight_gradient(Tensor grad, Tensor x, OptionalTensor gain, O
     });
     float* target = mutable_data(weight);
     for_each_task(
-        problem.panels(), problem.channels * CONVOLUTION_PANEL * problem.positions() * TRANSFORM_OPERATIONS,
+        problem.panels(), problem.channels * PANEL * problem.positions() * TRANSFORM_OPERATIONS,
         [&](int64_t begin, int64_t end) { kernels.finish_gradient(problem, gradient, target, begin, end); });
     return weight;
 }

@@ -7,21 +7,9 @@
 #pragma once
 
 #include "group_norm.h"
+#include "panel.h"
 
 namespace glide_fast {
-
-constexpr int64_t CONVOLUTION_PANEL = 32;  // output channels of a packed panel
-constexpr int64_t CACHE_LINE_FLOATS = 16;
-
-inline int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// Stride of rows of `length` floats: whole cache lines, and an odd number of them, so that rows spread over
-// the sets of a cache.
-inline int64_t spread_stride(int64_t length) {
-    return (divide_up(length, CACHE_LINE_FLOATS) | 1) * CACHE_LINE_FLOATS;
-}
 
 struct ConvolutionSource {
     const float* data;  // [B, height, width, channels]
@@ -37,7 +25,7 @@ struct Convolution {
     ConvolutionSource sources[2];  // the second may have no channels
     const float *gain, *offset;    // [B, C]; or both null, and there is no SiLU either
     int64_t tile;                  // 2 or 4: F(2x2, 3x3) or F(4x4, 3x3)
-    const float* weight;           // [panels, (tile + 2)^2, C, CONVOLUTION_PANEL]
+    const float* weight;           // [panels, (tile + 2)^2, C, PANEL]
     const float* bias;             // [K], [B, K] or null
     int64_t bias_stride;           // between pictures
     const float* residual;         // [B, H, W, K] or null
@@ -46,7 +34,7 @@ struct Convolution {
     int64_t positions() const { return (tile + 2) * (tile + 2); }
     int64_t tile_rows() const { return divide_up(height, tile); }  // of a picture
     int64_t tiles_across() const { return divide_up(width, tile); }
-    int64_t panels() const { return divide_up(out_channels, CONVOLUTION_PANEL); }
+    int64_t panels() const { return divide_up(out_channels, PANEL); }
 };
 
 // Tile rows of all pictures one after the other, and where their transforms are.
@@ -63,7 +51,7 @@ struct WeightGradient {
     const float* grad;   // [B, H, W, K], of the output
     float* transformed;  // [positions, tiles, K rounded up to panels], with these strides
     int64_t tile_stride, position_stride;
-    float* sums;  // [panels, positions, C, CONVOLUTION_PANEL], of all chunks so far
+    float* sums;  // [panels, positions, C, PANEL], of all chunks so far
     bool first;   // chunk
 };
 

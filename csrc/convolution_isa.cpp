@@ -7,8 +7,6 @@ namespace {
 
 using glide_fast::WeightLayout;
 
-static_assert(PANEL == glide_fast::CONVOLUTION_PANEL, "one panel for all");
-
 constexpr int64_t SPREAD =
     glide_fast::CACHE_LINE_FLOATS;  // between positions, against conflicts in the cache
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "convolution.h"
 #include "isa.h"
 #include "moments.h"
 #include "parallel.h"

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "convolution.h"
 #include "isa.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -16,16 +15,15 @@ namespace {
 constexpr int64_t BLOCK_FLOATS = 1 << 16;  // of a block of A's rows: a share of the second cache
 constexpr int64_t TASKS_PER_THREAD = 4;
 
-// [depth, columns] with any strides -> [panels, depth, LINEAR_PANEL], in memory that is given.
+// [depth, columns] with any strides -> [panels, depth, PANEL], in memory that is given.
 void pack_into(const LinearSource& b, int64_t columns, float* packed) {
-    for_each_task(divide_up(columns, LINEAR_PANEL), 4 * b.depth * LINEAR_PANEL,
-                  [&](int64_t begin, int64_t end) {
-                      current_isa().linear->pack(b, columns, b.depth, packed, begin, end);
-                  });
+    for_each_task(divide_up(columns, PANEL), 4 * b.depth * PANEL, [&](int64_t begin, int64_t end) {
+        current_isa().linear->pack(b, columns, b.depth, packed, begin, end);
+    });
 }
 
 Tensor pack_linear(Tensor b) {
-    Tensor packed = empty({divide_up(b.size(1), LINEAR_PANEL), b.size(0), LINEAR_PANEL});
+    Tensor packed = empty({divide_up(b.size(1), PANEL), b.size(0), PANEL});
     pack_into({data(b), b.stride(0), b.stride(1), b.size(0)}, b.size(1), mutable_data(packed));
     return packed;
 }
@@ -41,21 +39,21 @@ void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Option
     problem.columns = columns;
     problem.sources[0] = source_of(a);
     if (second) problem.sources[1] = source_of(*second);
-    problem.panels = divide_up(columns, LINEAR_PANEL);
+    problem.panels = divide_up(columns, PANEL);
     if (b.dim() == 3) {  // packed
         problem.b = data(b);
-        problem.b_row = LINEAR_PANEL;
-        problem.b_panel = problem.depth() * LINEAR_PANEL;
-    } else if (b.stride(1) == 1 && columns % LINEAR_PANEL == 0) {
+        problem.b_row = PANEL;
+        problem.b_panel = problem.depth() * PANEL;
+    } else if (b.stride(1) == 1 && columns % PANEL == 0) {
         problem.b = data(b);
         problem.b_row = b.stride(0);
-        problem.b_panel = LINEAR_PANEL;
+        problem.b_panel = PANEL;
     } else {
-        float* packed = scratch_memory<ScratchUse::WEIGHTS>(problem.panels * problem.depth() * LINEAR_PANEL);
+        float* packed = scratch_memory<ScratchUse::WEIGHTS>(problem.panels * problem.depth() * PANEL);
         pack_into({data(b), b.stride(0), b.stride(1), b.size(0)}, columns, packed);
         problem.b = packed;
-        problem.b_row = LINEAR_PANEL;
-        problem.b_panel = problem.depth() * LINEAR_PANEL;
+        problem.b_row = PANEL;
+        problem.b_panel = problem.depth() * PANEL;
     }
     problem.bias = data(bias);
     problem.residual = data(residual);
@@ -67,10 +65,9 @@ void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Option
     problem.block_rows = std::max<int64_t>(divide_up(problem.rows, blocks), 1);
     const int64_t tasks = divide_up(problem.rows, problem.block_rows) * problem.panels;
     const LinearKernels& kernels = *current_isa().linear;
-    for_each_task(
-        tasks, 2 * problem.block_rows * problem.depth() * LINEAR_PANEL, [&](int64_t begin, int64_t end) {
-            kernels.multiply(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
-        });
+    for_each_task(tasks, 2 * problem.block_rows * problem.depth() * PANEL, [&](int64_t begin, int64_t end) {
+        kernels.multiply(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
+    });
 }
 
 // A hash of a sample of a weight's values, which changes when all of them do.

@@ -1,11 +1,9 @@
 // What the matrix product hands to its kernels. Plain data only: code compiled for different ISAs shares it.
 #pragma once
 
-#include <stdint.h>
+#include "panel.h"
 
 namespace glide_fast {
-
-constexpr int64_t LINEAR_PANEL = 32;  // columns of a packed panel
 
 struct LinearSource {
     const float* data;
@@ -17,7 +15,7 @@ struct LinearSource {
 struct LinearProblem {
     int64_t rows, columns;
     LinearSource sources[2];
-    const float* b;         // panels [depth, LINEAR_PANEL], or B itself, whose rows of columns are dense
+    const float* b;         // panels [depth, PANEL], or B itself, whose rows of columns are dense
     int64_t b_row;          // stride of a panel's rows
     int64_t b_panel;        // stride of panels
     const float* bias;      // [columns] or null

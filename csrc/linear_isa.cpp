@@ -8,8 +8,6 @@ namespace {
 using glide_fast::LinearProblem;
 using glide_fast::LinearSource;
 
-static_assert(PANEL == glide_fast::LINEAR_PANEL, "one panel for all");
-
 int64_t scratch(const LinearProblem& problem) {
     return problem.block_rows * PANEL;
 }

@@ -5,11 +5,13 @@
 // are unrolled completely; they stay in registers (look at the assembly after a change).
 #pragma once
 
+#include "panel.h"
 #include "vector.h"
 
 namespace {
 
-constexpr int64_t PANEL = 32;  // columns of a packed panel, on every ISA: packed weights can change hands
+using glide_fast::PANEL;
+
 constexpr int64_t WIDTH = 2 * LANES;
 // Partial sums over so many products are added up, so that the error of a sum grows with the number of
 // partial sums and not with its length. Winograd's domain, whose way back enlarges errors, needs short ones.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.accelerate.plan import Noise, Plan, takes
-from glide_fast.accelerate.swap import HOOKS
+from glide_fast.models.layers import HOOKS
 
 TOLERANCE = 1e-4  # of the largest output, in float32
 TOLERANCE_TF32 = 3e-3  # accelerators may round the factors of a product to ten bits

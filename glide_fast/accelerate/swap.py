@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from glide_fast.accelerate.plan import ORIGINAL, Plan, types_of
+from glide_fast.models.layers import is_watched
 
 _PLAN = "_glide_fast_plan"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -90,14 +90,7 @@ def _is_watched(module: nn.Module, plan: Plan) -> bool:
         return False
     if types_of(inner) != plan.inner_types or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
-    return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__
-        for part in inner
-    )
+    return any(is_watched(part) or "forward" in part.__dict__ for part in inner)
 
 
 def _reduce(self: Any, protocol: int) -> Any:

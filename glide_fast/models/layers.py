@@ -23,6 +23,7 @@ from glide_fast.ops import packed
 Resample = Literal["none", "up", "down"]
 AttentionOrder = Literal["by_head", "by_role"]
 Module = TypeVar("Module", bound=nn.Module)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
@@ -142,8 +143,8 @@ def activated_convolution(
     if (
         type(convolution) not in CONVOLUTIONS.values()
         or volume
-        or _is_watched(norm)
-        or _is_watched(convolution)
+        or is_watched(norm)
+        or is_watched(convolution)
     ):
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
@@ -179,10 +180,9 @@ def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
     return pool(x, factors)  # type: ignore[no-any-return]
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
     """Whether a hook waits for the layer's own call."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
+    return any(getattr(layer, name) for name in HOOKS)
 
 
 def _doubled(x: Tensor) -> Tensor:

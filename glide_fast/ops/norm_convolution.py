@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,32 +20,20 @@ from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.group_norm import RESAMPLES, Resample
 from glide_fast.ops.packed import trained
 
-_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-
 
 def concatenated(x: Tensor, skip: Tensor | None) -> Tensor:
     """The input's two parts side by side."""
     return x if skip is None else torch.cat([x, skip], dim=1)
 
 
-def padding_of(weight: Tensor) -> list[int]:
-    """The padding that keeps the size."""
-    return [size // 2 for size in weight.shape[2:]]
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """conv(x) + bias + residual, channels-last; ``bias`` is [K] or [B, K]."""
-    function: Any = _CONVOLUTIONS[x.ndim]
     common = bias if bias is not None and bias.ndim == 1 else None
-    y: Tensor = function(x, weight, common, padding=padding_of(weight))
+    y = reference.convolve(x, weight, common)
     if bias is not None and bias.ndim == 2:
         y = y + reference.per_channel(bias, x.ndim)
     y = y if residual is None else y + residual
-    return y.contiguous(memory_format=_layout(x))
+    return y.contiguous(memory_format=reference.channels_last(x))
 
 
 def _activated(
@@ -88,11 +75,8 @@ def composed(
 
 
 def bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of ``bias``: the sum over space, and over the batch if all pictures share it."""
-    if bias is None:
-        return grad.new_empty(0)
-    dims = [dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)]
-    return grad.sum(dims)
+    """The gradient of ``bias``; empty without one."""
+    return reference.nothing(grad) if bias is None else reference.bias_gradient(grad, bias)
 
 
 def composed_backward(
@@ -114,11 +98,8 @@ def composed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
     y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
-    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-    grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, y, weight, None, ones, padding_of(weight), ones, False, zeros, 1, [needs_x, needs_weight, False]
-    )
-    grad_weight = weight.new_empty(0) if grad_weight is None else grad_weight.contiguous()
+    grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
+    grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
     inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
     return (*inner, grad_weight, bias_gradient(grad, bias))
 
@@ -162,7 +143,9 @@ def _fake_forward(
     residual: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = norm.resampled_shape(x, mode)
-    output = x.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(memory_format=_layout(x))
+    output = x.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
+        memory_format=reference.channels_last(x)
+    )
     statistics = (0,) if norm_weight is None else (x.shape[0], groups)
     dtype = x.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
     return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
@@ -264,7 +247,7 @@ def _check(
     residual: Tensor | None,
     shape: list[int],
 ) -> None:
-    if x.ndim not in _CONVOLUTIONS or not x.is_floating_point():
+    if x.ndim not in (3, 4, 5) or not x.is_floating_point():
         raise ValueError(
             f"x is {x.dtype} with shape {tuple(x.shape)}; give floating-point [B, C, *space] with 1, 2 or 3 "
             f"dimensions of space"

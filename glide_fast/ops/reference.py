@@ -31,6 +31,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last
 
 
+def channels_last(x: Tensor) -> torch.memory_format:
+    """Channels-last for maps and volumes; what has no such format is contiguous."""
+    return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic and of saved statistics for tensors of `dtype`."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -181,16 +186,37 @@ def norm_convolution(
         x = resample(x, mode)
     else:
         x, mean, rstd = group_norm(x, norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
-    y = _convolution(x, weight.to(dtype))
+    y = convolve(x, weight.to(dtype))
     for summand in (None if bias is None else per_channel(bias.to(dtype), x.ndim), residual):
         y = y if summand is None else y + summand.to(dtype)
-    layout = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
-    return y.to(weight.dtype).contiguous(memory_format=layout), mean, rstd
+    return y.to(weight.dtype).contiguous(memory_format=channels_last(x)), mean, rstd
 
 
-def _convolution(x: Tensor, weight: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution with padding that keeps the size."""
     convolution: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
-    return convolution(x, weight, padding=[size // 2 for size in weight.shape[2:]])  # type: ignore[no-any-return]
+    return convolution(x, weight, bias, padding=_padding(weight))  # type: ignore[no-any-return]
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight of such a convolution; None where not needed."""
+    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+    needs = [needs_x, needs_weight, False]
+    gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, ones, _padding(weight), ones, False, zeros, 1, needs
+    )
+    return gradients[0], None if gradients[1] is None else gradients[1].contiguous()
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """The sum of grad [B, K, *space] over space, and over the batch if all pictures share the bias."""
+    return grad.sum([dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)])
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [size // 2 for size in weight.shape[2:]]
 
 
 def norm_convolution_backward(
@@ -217,34 +243,19 @@ def norm_convolution_backward(
         activated = resample(wide, mode)
     else:
         activated = group_norm(wide, norm_weight, norm_bias, scale, shift, groups, eps, True, mode)[0]
-    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-    padding = [size // 2 for size in weight.shape[2:]]
-    grad_activated, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad.to(dtype),
-        activated,
-        weight.to(dtype),
-        None,
-        ones,
-        padding,
-        ones,
-        False,
-        zeros,
-        1,
-        [True, True, False],
+    grad_activated, grad_weight = convolve_backward(
+        grad.to(dtype), activated, weight.to(dtype), needs_x, needs_weight
     )
     inner = nothing(x), *four_nothings(x)
-    if needs_x and norm_weight is not None and norm_bias is not None:
+    if grad_activated is not None and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
             grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
         )
-    elif needs_x:
+    elif grad_activated is not None:
         inner = (resample_backward(grad_activated, mode, x.shape[2:]), *inner[1:])
-    grad_bias = nothing(x)
-    if bias is not None:
-        dims = [dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)]
-        grad_bias = grad.to(dtype).sum(dims).to(bias.dtype)
+    grad_bias = nothing(x) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
     grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
-    grad_weight = grad_weight.to(weight.dtype).contiguous() if needs_weight else nothing(x)
+    grad_weight = nothing(x) if grad_weight is None else grad_weight.to(weight.dtype)
     return grad_x, *inner[1:], grad_weight, grad_bias
 
 

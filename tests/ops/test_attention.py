@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from glide_fast.ops import attention, dispatch
+from glide_fast.ops import attention
 from tests.ops.attention_cases import (
     LAYOUTS,
     NAMES,
@@ -36,21 +35,6 @@ ODD = (
     Case(batch=3, queries=35, heads=2, dim=16),
 )
 HALVES = [torch.bfloat16, torch.float16]
-
-
-LIBRARY = dispatch.cpp_library()
-
-
-@pytest.fixture(params=LIBRARY.capabilities() if LIBRARY else ["reference"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this CPU can run, one after the other."""
-    if LIBRARY is None:
-        yield request.param
-        return
-    before = LIBRARY.capability()
-    LIBRARY.select(request.param)
-    yield request.param
-    LIBRARY.select(before)
 
 
 @pytest.mark.parametrize("case", [*ODD, PRESETS[2]], ids=str)

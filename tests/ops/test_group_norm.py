@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from glide_fast.ops import Resample, dispatch, group_norm
+from glide_fast.ops import Resample, group_norm
 from tests.ops.group_norm_cases import LAYOUTS, Case, Layout, assert_exact, converted, differentiate
 
-LIBRARY = dispatch.cpp_library()
 # Rests in every loop: channels and groups that fill no vector, runs longer than a chunk, odd rows.
 ODD = (
     Case(shape=(2, 33, 7, 5), groups=3),
@@ -37,18 +35,6 @@ PRESET_CASES = [
     for activation, resample, film in SETTINGS
     if activation == "silu" and not (film and resample != "none")
 ]
-
-
-@pytest.fixture(params=LIBRARY.capabilities() if LIBRARY else ["reference"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this CPU can run, one after the other."""
-    if LIBRARY is None:
-        yield request.param
-        return
-    before = LIBRARY.capability()
-    LIBRARY.select(request.param)
-    yield request.param
-    LIBRARY.select(before)
 
 
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)

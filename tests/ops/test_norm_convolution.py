@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.parity import FACTOR
-from glide_fast.ops import dispatch, norm_convolution, use_reference
+from glide_fast.ops import norm_convolution, use_reference
 from tests.ops.norm_convolution_cases import Case, assert_exact, differentiate
 
-LIBRARY = dispatch.cpp_library()
 # Large and small tiles; rests in every loop: tiles over the edge, channels and panels that fill no vector, a
 # vector across the border of x and skip, groups across it.
 MAPS = (
@@ -45,18 +43,6 @@ OTHER_CASES = [
     Case(shape=(2, 8, 20), out=12, skip=4, residual=True),
     Case(shape=(1, 8, 4, 6, 4), out=12, film=True, resample="up"),
 ]
-
-
-@pytest.fixture(params=LIBRARY.capabilities() if LIBRARY else ["reference"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this CPU can run, one after the other."""
-    if LIBRARY is None:
-        yield request.param
-        return
-    before = LIBRARY.capability()
-    LIBRARY.select(request.param)
-    yield request.param
-    LIBRARY.select(before)
 
 
 @pytest.mark.parametrize("case", MAP_CASES, ids=str)
