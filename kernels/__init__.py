@@ -1,13 +1,60 @@
 """Triton implementations of the ops, one family a file; installed as `glide_fast.kernels`.
 
-This is the door for the CUDA key (ROCm uses the same): a module here registers its kernels by
-
-    from glide_fast.ops.dispatch import LIBRARY
-
-    LIBRARY.impl("group_norm", group_norm_kernel, "CUDA")
-
-and names its ops in REGISTERED. `glide_fast.ops` imports this package when Triton is installed. Nothing is
-registered yet: on CUDA the reference serves every op.
+This is the door for the CUDA key, which ROCm uses too. `REGISTERED` names each op with the module that
+serves it, by a function of the op's name and arguments. `register` puts a stand-in for each behind the CUDA
+key: Triton and the module are imported at the first call on a GPU, never before. A GPU that is too old keeps
+the default.
 """
 
-REGISTERED: tuple[str, ...] = ()
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from glide_fast.kernels import launch
+
+
+class Kernel(NamedTuple):
+    """Where the implementation of an op is, and what doctor says of it."""
+
+    module: str  # in this package; holds a function named as the op
+    covers: str  # "float32, bfloat16 and float16; all else by the default"
+
+
+REGISTERED: dict[str, Kernel] = {}
+
+
+class _Implement(Protocol):
+    def __call__(
+        self, op: str, device: str, function: Callable[..., Any], *, name: str, reason: str
+    ) -> None: ...
+
+
+def register(implement: _Implement, default: Callable[[str], Callable[..., Any]]) -> None:
+    """Put the kernels behind the CUDA key of their ops; needs neither Triton nor a GPU yet.
+
+    Args:
+        implement: registers a function for an op's device key, as `ops.dispatch.implement` does.
+        default: finds what serves an op on devices that have nothing of their own.
+    """
+    for op, kernel in REGISTERED.items():
+        implement(op, "CUDA", _stand_in(op, kernel, default), name="Triton", reason=kernel.covers)
+
+
+def _stand_in(op: str, kernel: Kernel, default: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
+    """An implementation that imports its module at the first call and computes on its arguments' device."""
+    served: list[Callable[..., Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        device = launch.device_of(arguments)
+        if launch.too_old(device) is not None:
+            return default(op)(*arguments)
+        if not served:
+            served.append(getattr(importlib.import_module(f"glide_fast.kernels.{kernel.module}"), op))
+        with torch.cuda.device(device):
+            return served[0](*arguments)
+
+    return call

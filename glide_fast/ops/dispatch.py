@@ -43,6 +43,7 @@ class Implementation:
 
 
 _references: dict[Any, Callable[..., Any]] = {}
+_defaults: dict[str, Callable[..., Any]] = {}
 # (op, device key) -> name and reason of the implementation
 _served: dict[tuple[str, str], tuple[str, str]] = {}
 # Why a device key has nothing but the reference.
@@ -76,7 +77,13 @@ def define(
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=LIBRARY)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     _references[overload] = reference
+    _defaults[name] = default or reference
     return overload
+
+
+def default(op: str) -> Callable[..., Any]:
+    """What serves `op` on a device that has nothing of its own: its default, or the reference."""
+    return _defaults[op]
 
 
 def differentiable(name: str, function: Callable[..., Any]) -> None:
@@ -169,9 +176,8 @@ def _load_triton() -> str:
         kernels = importlib.import_module("glide_fast.kernels")
     except ImportError as error:
         return f"glide_fast.kernels does not load ({error}); install the package"
-    for op in kernels.REGISTERED:
-        _served[op, "CUDA"] = ("Triton", "glide_fast.kernels")
-    return "no Triton kernel for this op yet"
+    kernels.register(implement, default)
+    return "no Triton kernel for this op"
 
 
 def _cpp_row() -> tuple[str, str] | None:
@@ -193,6 +199,17 @@ def implementations() -> list[Implementation]:
         op = overload.name().removeprefix(f"{NAMESPACE}::")
         for key in DEVICE_KEYS:
             served = cpp if key == "CPU" and op in _CPP_OPS else _served.get((op, key))
-            name, reason = served or ("reference", _missing[key])
+            if served is not None and key == "CUDA":
+                served = _on_this_gpu(*served)
+            fallback = "reference" if _defaults[op] is _references[overload] else "composed of ops"
+            name, reason = served or (fallback, _missing[key])
             rows.append(Implementation(op=op, device=key, name=name, reason=reason))
     return rows
+
+
+def _on_this_gpu(name: str, reason: str) -> tuple[str, str]:
+    """The row of a registered kernel: whether there is a GPU here, and one that is new enough."""
+    if not torch.cuda.is_available():
+        return name, f"{reason}. Waits for a GPU: this torch {torch.__version__} can use none here"
+    too_old = importlib.import_module("glide_fast.kernels.launch").too_old(torch.device("cuda"))
+    return (name, reason) if too_old is None else ("reference", too_old)

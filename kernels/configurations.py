@@ -1,0 +1,105 @@
+"""The static table of tiles: by kernel, architecture, bits of an element and shape class.
+
+Kernels look their configuration up here, so that a process runs the same code every time and captures graphs
+without a warm-up. With `GLIDE_FAST_AUTOTUNE=1` on a GPU, `run` instead times every configuration that the
+table has for a kernel, once for each key, and keeps the fastest.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from glide_fast.kernels import launch
+
+AUTOTUNE_VARIABLE = "GLIDE_FAST_AUTOTUNE"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is cut: rows and columns of its tile (TABLE says which they are), warps, stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch options that every kernel is given, also when it is compiled without a GPU."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+# The first row that fits is taken; None fits everything. A shape class is a number: the row fits up to it.
+#   kernel, architectures, bits of an element, largest shape class: rows, columns, warps, stages
+TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configuration], ...] = ()
+
+# GPUs without rows of their own, and the kin whose shared memory and matrix instructions they share.
+_KIN = {"sm_86": "sm_120", "sm_87": "sm_80", "sm_89": "sm_120", "sm_103": "sm_100", "sm_121": "sm_120"}
+
+
+@functools.cache
+def choose(kernel: str, architecture: str, bits: int, shape_class: int = 0) -> Configuration:
+    """The configuration of a kernel.
+
+    Args:
+        kernel: its name in the table.
+        architecture: as `launch.architecture` gives it.
+        bits: of an element of the main operand, 16 or 32.
+        shape_class: what the kernel's rows are graded by, such as the padded head dimension.
+
+    Raises:
+        ValueError: no row fits.
+    """
+    kin = _KIN.get(architecture, architecture)
+    if kin.startswith("gfx"):
+        kin = "gfx942"
+    for name, architectures, row_bits, largest, configuration in TABLE:
+        fits = name == kernel and (architectures is None or kin in architectures)
+        if fits and row_bits in (None, bits) and (largest is None or shape_class <= largest):
+            return configuration
+    raise ValueError(
+        f"no configuration of kernel {kernel!r} for {architecture}, {bits} bits, shape class {shape_class}; "
+        "add a row to TABLE in kernels/configurations.py"
+    )
+
+
+_fastest: dict[tuple[str, str, int, int], Configuration] = {}
+
+
+def run(
+    kernel: str,
+    device: torch.device,
+    bits: int,
+    shape_class: int,
+    launcher: Callable[[Configuration], Result],
+) -> Result:
+    """Call a launcher with the kernel's configuration, the fastest one where autotuning was asked for.
+
+    Autotuning calls the launcher many times: it must write nothing that it also reads.
+    """
+    architecture = launch.architecture(device)
+    wanted = os.environ.get(AUTOTUNE_VARIABLE) == "1" and device.type == "cuda"
+    key = kernel, architecture, bits, shape_class
+    if wanted and key not in _fastest and not torch.cuda.is_current_stream_capturing():
+        _fastest[key] = _measure(kernel, bits, launcher)
+    return launcher(_fastest[key] if wanted and key in _fastest else choose(*key))
+
+
+def _measure(kernel: str, bits: int, launcher: Callable[[Configuration], object]) -> Configuration:
+    import triton
+
+    candidates = dict.fromkeys(row[4] for row in TABLE if row[0] == kernel and row[2] in (None, bits))
+    times: dict[Configuration, float] = {}
+    for configuration in candidates:
+        try:
+            times[configuration] = triton.testing.do_bench(lambda each=configuration: launcher(each))
+        except triton.runtime.errors.OutOfResources:  # another architecture's tile
+            continue
+    return min(times, key=times.__getitem__)
