@@ -54,10 +54,24 @@ void transform_tile(const Convolution& problem, const float* products, int64_t p
     }
 }
 
+// Begin to load what the tile after the next one reads and writes.
+template <int64_t TILE>
+void prefetch_tile(const Convolution& problem, const TileTarget& target) {
+    const int64_t ahead = target.corner + 2 * TILE * problem.out_channels;
+    for (int64_t y = 0; y < TILE; ++y)
+        for (int64_t x = 0; x < TILE; ++x)
+            for (int64_t line = 0; line < PANEL; line += glide_fast::CACHE_LINE_FLOATS) {
+                const int64_t at = ahead + (y * problem.width + x) * problem.out_channels + line;
+                if (problem.residual != nullptr) __builtin_prefetch(problem.residual + at);
+                __builtin_prefetch(problem.output + at, 1);
+            }
+}
+
 template <int64_t TILE>
 void transform_panel(const Convolution& problem, const float* products, int64_t position_stride,
                      int64_t tile_row, int64_t tile_column, int64_t channel) {
     const TileTarget target(problem, tile_row, tile_column, channel);
+    if (tile_column + 2 < problem.tiles_across()) prefetch_tile<TILE>(problem, target);
     for (int64_t lane = 0; lane < PANEL && channel + lane < problem.out_channels; lane += LANES) {
         const int64_t lanes = smaller(LANES, problem.out_channels - channel - lane);
         Vector bias{};

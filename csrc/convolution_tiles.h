@@ -49,20 +49,40 @@ struct ChannelBlock {
     }
 };
 
+constexpr int64_t PIXELS_AHEAD = 16;  // whose loads are begun early: processors do not foresee such strides
+
+// Where the pixels of a block are read.
+struct WholeBlock {
+    const float* data;
+    int64_t stride;
+
+    Vector operator()(int64_t pixel) const { return load(data + pixel * stride); }
+    void prefetch(int64_t pixel) const { __builtin_prefetch(data + pixel * stride); }
+};
+
+struct MixedBlock {
+    const ChannelBlock& block;
+
+    Vector operator()(int64_t pixel) const { return block.mixed(pixel); }
+    void prefetch(int64_t) const {}
+};
+
 template <bool ACTIVATE>
 Vector activated(const ChannelBlock& block, Vector x) {
     return ACTIVATE ? activate<true>(x * block.gain + block.offset) : x;
 }
 
 // A row of the padded map: `columns` pixels, the first of which is left of the picture.
-template <bool ACTIVATE, typename Load>
-void fill_row(const Convolution& problem, const ChannelBlock& block, Load source, int64_t row, float* target,
-              int64_t columns) {
+template <bool ACTIVATE, typename Source>
+void fill_row(const Convolution& problem, const ChannelBlock& block, Source source, int64_t row,
+              float* target, int64_t columns) {
     const int64_t width = problem.width, source_width = problem.source_width;
     float* pixel = target + LANES;
     if (problem.resample == Resample::NONE) {
-        for (int64_t x = 0; x < width; ++x)
+        for (int64_t x = 0; x < width; ++x) {
+            source.prefetch(row * width + x + PIXELS_AHEAD);
             store(pixel + x * LANES, activated<ACTIVATE>(block, source(row * width + x)));
+        }
     } else if (problem.resample == Resample::UP) {
         for (int64_t x = 0; x < source_width; ++x) {
             const Vector value = activated<ACTIVATE>(block, source(row / 2 * source_width + x));
@@ -83,8 +103,8 @@ void fill_row(const Convolution& problem, const ChannelBlock& block, Load source
 }
 
 // The rows that `tile_rows` rows of tiles need, beginning one above row `first` of the convolved map.
-template <bool ACTIVATE, typename Load>
-void fill_strip(const Convolution& problem, const ChannelBlock& block, Load source, int64_t first,
+template <bool ACTIVATE, typename Source>
+void fill_strip(const Convolution& problem, const ChannelBlock& block, Source source, int64_t first,
                 int64_t tile_rows, float* strip, int64_t columns) {
     const int64_t rows = tile_rows * problem.tile + 2;
     for (int64_t k = 0; k < rows; ++k) {
@@ -150,13 +170,10 @@ void transform_input(const Convolution& problem, const TileChunk& chunk, int64_t
                               : fill_strip<false, decltype(source)>)(problem, block, source, first * TILE,
                                                                      rows, strip, columns);
             };
-            if (side < 0) {
-                fill([&block](int64_t pixel) { return block.mixed(pixel); });
-            } else {
-                const float* data = block.data[side];
-                const int64_t stride = block.stride[side];
-                fill([data, stride](int64_t pixel) { return load(data + pixel * stride); });
-            }
+            if (side < 0)
+                fill(MixedBlock{block});
+            else
+                fill(WholeBlock{block.data[side], block.stride[side]});
             for (int64_t k = 0; k < rows; ++k)
                 transform_row<TILE>(
                     strip + k * TILE * columns * LANES, columns, across, vertical, chunk,
