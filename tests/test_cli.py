@@ -87,17 +87,6 @@ def test_the_base_models_size_leaves_the_upsampler_out(
     assert load_image(tmp_path / "0000-key-0.png").shape == (tiny.BASE_SIZE, tiny.BASE_SIZE, 3)
 
 
-def test_known_pixels_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: list[str]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
-    mask = np.zeros_like(picture)
-    mask[:5] = 255
-    save_png(tmp_path / "known.png", picture)
-    save_png(tmp_path / "mask.png", mask)
-    known = ["--known", tmp_path / "known.png", "--mask", tmp_path / "mask.png"]
-    run(monkeypatch, "sample", "key", "--out", tmp_path, *known, *models)
-    np.testing.assert_array_equal(load_image(tmp_path / "0000-key-0.png")[:5], picture[:5])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -110,7 +99,6 @@ def test_known_pixels_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         (["key", "--steps", "1"], "steps 1 must lie in 2 .. 1000"),
         (["key", "--upsampler-steps", "2000"], "steps 2000 must lie in 2 .. 1000"),
         (["key", "--sampler", "euler_a"], "unknown sampler 'euler_a'; known: ddpm, ddim, plms"),
-        (["key", "--known", "x.png"], "--known and --mask belong together"),
         (["key", "--gudance", "3"], "--gudance"),
         (["key", "-n", "many"], "many"),
     ],
@@ -141,16 +129,6 @@ def test_a_model_that_does_not_fit_is_named(
     (tmp_path / "broken.safetensors").write_bytes(b"no model")
     message = fail(monkeypatch, capsys, "sample", "key", "--model", tmp_path / "broken.safetensors")
     assert "broken.safetensors is not a readable safetensors file" in message
-
-
-def test_an_unreadable_picture_is_refused_in_sampling(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, models: list[str]
-) -> None:
-    (tmp_path / "known.png").write_bytes(b"no picture")
-    broken = tmp_path / "known.png"
-    message = fail(monkeypatch, capsys, "sample", "key", "--known", broken, "--mask", broken, *models)
-    assert "cannot read picture" in message
-    assert "known.png" in message
 
 
 def test_an_over_long_prompt_is_a_warning_of_one_line(

@@ -14,7 +14,14 @@ from glide_fast.config import load_toml
 from glide_fast.data.images import load_image
 from glide_fast.models import load_model
 from glide_fast.sampling import PerImageNoise
-from glide_fast.sampling.pipeline import ASSETS, StageOptions, TextToImage, sample_stage
+from glide_fast.sampling.editing import inpaint
+from glide_fast.sampling.pipeline import (
+    ASSETS,
+    EMBEDDED_INPAINTING,
+    StageOptions,
+    TextToImage,
+    sample_stage,
+)
 from glide_fast.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +56,30 @@ def test_prompts_become_pictures_with_white_corners_and_colours() -> None:
     face, heart = pictures[:, 16:48, 16:48].astype(float).mean((1, 2))
     assert face[2] < face[1] - 30  # yellow: little blue
     assert heart[0] > heart[1]  # red more than green
+
+
+@pytest.mark.skipif(not EMBEDDED_INPAINTING[0].is_file(), reason="the inpainting model is not there yet")
+def test_the_inpainting_model_completes_a_heart_in_its_colour() -> None:
+    """The hidden half of a red heart on white becomes red where the heart goes on, white in the corners."""
+    options = StageOptions(steps=20), StageOptions(steps=10, guidance=1.0)
+    heart = TextToImage.embedded()(
+        ["red heart"], seeds=[1], base_options=options[0], upsampler_options=options[1]
+    )[0]
+    known = np.zeros((64, 64), dtype=np.bool_)
+    known[:, :32] = True
+    painted = inpaint(
+        TextToImage.embedded_inpainting(),
+        heart,
+        known,
+        ["red heart"],
+        seeds=[0],
+        base_options=options[0],
+        upsampler_options=options[1],
+    )[0]
+    np.testing.assert_array_equal(painted[known], heart[known])
+    middle = painted[20:40, 34:46].astype(float).mean((0, 1))
+    assert middle[0] > middle[1] + 60
+    assert painted[[0, -1], [-1, -1]].astype(float).mean() > 200
 
 
 def test_dpm_solver_in_20_steps_is_closer_to_1000_steps_than_ddim() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,23 @@ from glide_fast.models import LoadedModel, MaskedImage, ModelConfig, load_model
 from glide_fast.models.kept import keep_if_it_fits
 from glide_fast.sampling.denoiser import Denoiser, NoiseSource, PerImageNoise, initial_noise
 from glide_fast.sampling.guidance import classifier_free
+from glide_fast.sampling.img2img import start_from
 from glide_fast.sampling.inpainting import keep_known
 from glide_fast.sampling.samplers import find_sampler
 from glide_fast.text.tokenizer import get_tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "emoji_base.safetensors", ASSETS / "emoji_upsampler.safetensors"
+EMBEDDED_INPAINTING = ASSETS / "emoji_inpaint.safetensors", EMBEDDED[1]
 GUIDANCE = 3.0  # GLIDE's usual scale
+EMBEDDED_GUIDANCE = 1.25  # more makes the emoji's colours, and so skin tones, too strong
+
+
+class Start(NamedTuple):
+    """A picture [B or 1, 3, H, W] in [-1, 1] to start from, and the share of the steps that changes it."""
+
+    image: Tensor
+    strength: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ def sample_stage(
     options: StageOptions,
     low_res: Tensor | None = None,
     known: MaskedImage | None = None,
+    start: Start | None = None,
     progress: bool = False,
 ) -> Tensor:
     """One picture a prompt, [B, 3, H, W] in [-1, 1].
@@ -88,6 +100,7 @@ def sample_stage(
         noise: all randomness; :class:`PerImageNoise` makes picture k independent of its neighbours.
         low_res: [B, 3, h, w] in [-1, 1], for an upsampler.
         known: pixels that the pictures must keep (B or 1 of them); an inpainting model also sees them.
+        start: where to start instead of from noise alone, as :func:`~glide_fast.sampling.img2img.start_from`.
 
     Raises:
         ValueError: an option is out of range, or the model has no text.
@@ -116,11 +129,14 @@ def sample_stage(
         denoise if copies == 1 else classifier_free(denoise, guidance, rescale=options.rescale)
     )
     shape = (len(prompts), config.unet.image_channels, config.unet.image_size, config.unet.image_size)
-    start = initial_noise(noise, shape, device=device, temperature=options.temperature)
+    if start is None:
+        x = initial_noise(noise, shape, device=device, temperature=options.temperature)
+    else:
+        x, diffusion = start_from(
+            start.image.to(device).expand(shape), diffusion, start.strength, noise=noise
+        )
     keep = None if known is None else keep_known(*known)
-    return sampler(
-        denoiser, start, diffusion, noise=noise, eta=options.eta, denoised_fn=keep, progress=progress
-    )
+    return sampler(denoiser, x, diffusion, noise=noise, eta=options.eta, denoised_fn=keep, progress=progress)
 
 
 def quantise(pictures: Tensor) -> Tensor:
@@ -152,7 +168,12 @@ class TextToImage:
     def embedded(cls) -> TextToImage:
         """The small emoji model that ships with the package: text → 32 px → 64 px."""
         model = cls.load(*EMBEDDED)
-        return replace(model, guidance=1.25)  # more makes colours, and so skin tones, too strong
+        return replace(model, guidance=EMBEDDED_GUIDANCE)
+
+    @classmethod
+    def embedded_inpainting(cls) -> TextToImage:
+        """The small emoji model that completes pictures: text and a part of a picture → 32 px → 64 px."""
+        return replace(cls.load(*EMBEDDED_INPAINTING), guidance=EMBEDDED_GUIDANCE)
 
     @property
     def size(self) -> int:
@@ -167,12 +188,15 @@ class TextToImage:
         base_options: StageOptions = BASE_OPTIONS,
         upsampler_options: StageOptions = UPSAMPLER_OPTIONS,
         known: MaskedImage | None = None,
+        start: Start | None = None,
         progress: bool = False,
     ) -> NDArray[np.uint8]:
         """Paint one picture a prompt and seed: uint8 [B, H, W, 3].
 
         Picture k depends on prompt k and seed k alone, up to rounding that differs with the batch size.
-        ``known`` holds pixels to keep, of the final size: [B or 1, 3, H, W] in [-1, 1] with their mask.
+        ``known`` holds pixels to keep, of the final size: [B or 1, 3, H, W] in [-1, 1] with their mask;
+        ``start`` a picture of that size that the base model starts from.
+        :mod:`glide_fast.sampling.editing` makes both from pictures.
 
         Raises:
             ValueError: prompts and seeds differ in number, or an option is out of range.
@@ -184,12 +208,14 @@ class TextToImage:
         noise = PerImageNoise(seeds)
         if base_options.guidance is None:
             base_options = replace(base_options, guidance=self.guidance)
+        small = self.base.config.unet.image_size
         pictures = sample_stage(
             self.base,
             prompts,
             noise=noise,
             options=base_options,
-            known=None if known is None else _shrink(known, self.base.config.unet.image_size),
+            known=None if known is None else _shrink(known, small),
+            start=None if start is None else Start(_averaged(start.image, small), start.strength),
             progress=progress,
         )
         if self.upsampler is not None:
@@ -213,6 +239,10 @@ def _repeat(known: MaskedImage, rows: int) -> MaskedImage:
 
 def _shrink(known: MaskedImage, size: int) -> MaskedImage:
     """The known pixels at a base model's size: averages, known only where every pixel under them is."""
-    image, mask = known
-    factor = image.shape[-1] // size
-    return MaskedImage(F.avg_pool2d(image, factor), (F.avg_pool2d(mask, factor) == 1).to(mask.dtype))
+    image, mask = (_averaged(part, size) for part in known)
+    return MaskedImage(image, (mask == 1).to(mask.dtype))
+
+
+def _averaged(pictures: Tensor, size: int) -> Tensor:
+    """Pictures [B, C, H, W] averaged over blocks to ``size`` pixels."""
+    return F.avg_pool2d(pictures, pictures.shape[-1] // size)
