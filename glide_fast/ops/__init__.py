@@ -4,25 +4,31 @@ Importing this package loads the compiled C++ library and the Triton kernels whe
 were not, the reference serves, and `implementations()` says why.
 """
 
-from glide_fast.ops import attention_cpu, convolution_cpu, linear_cpu
+from glide_fast.ops import attention_cpu, convolution_cpu, layer_norm_cpu, linear_cpu
 from glide_fast.ops.attention import attention
+from glide_fast.ops.causal_attention import causal_attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
 from glide_fast.ops.group_norm import Activation, Resample, group_norm
-from glide_fast.ops.linear import linear
+from glide_fast.ops.layer_norm import layer_norm
+from glide_fast.ops.linear import LinearActivation, linear
 from glide_fast.ops.norm_convolution import norm_convolution
 
 load_compiled()
 attention_cpu.register()
 convolution_cpu.register()
+layer_norm_cpu.register()
 linear_cpu.register()
 
 __all__ = [
     "Activation",
     "Implementation",
+    "LinearActivation",
     "Resample",
     "attention",
+    "causal_attention",
     "group_norm",
     "implementations",
+    "layer_norm",
     "linear",
     "norm_convolution",
     "use_reference",

@@ -1,29 +1,46 @@
-"""A linear layer over one or two inputs side by side, with the sum that follows it.
+"""A linear layer over one or two inputs side by side, with the activation and the sum that follow it.
 
-    y = [x, second] weight^T + bias + residual
+    y = activation([x, second] weight^T + bias) + residual
 
 On channels-last maps this is a 1x1 convolution, and with ``second`` that of a decoder's concatenated input.
+The activations are those of transformers: GELU, x times the normal distribution function (Hendrycks & Gimpel
+2016, https://arxiv.org/abs/1606.08415), and CLIP's QuickGELU, x sigmoid(1.702 x).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glide_fast.ops import activation as activations
 from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.packed import trained
 
+LinearActivation = Literal["none", "gelu", "quick_gelu"]
+_ACTIVATIONS = {
+    "none": reference.ACTIVATION_NONE,
+    "gelu": reference.ACTIVATION_GELU,
+    "quick_gelu": reference.ACTIVATION_QUICK_GELU,
+}
+
 
 def composed(
-    x: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    second: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: int,
 ) -> Tensor:
-    """The op by PyTorch's own."""
+    """The op by PyTorch's own, and the activation's op."""
     y = F.linear(x if second is None else torch.cat([x, second], dim=-1), weight.flatten(1), bias)
+    if kind != reference.ACTIVATION_NONE:
+        y = activations.FORWARD(y, kind)
     return y if residual is None else y + residual
 
 
@@ -44,6 +61,7 @@ def _fake_forward(
     weight: Tensor,
     bias: Tensor | None,  # noqa: ARG001
     residual: Tensor | None,  # noqa: ARG001
+    kind: int,  # noqa: ARG001
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
@@ -60,7 +78,7 @@ def _fake_backward(
 
 FORWARD = define(
     "linear",
-    "(Tensor x, Tensor? second, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    "(Tensor x, Tensor? second, Tensor weight, Tensor? bias, Tensor? residual, int kind) -> Tensor",
     reference.linear,
     _fake_forward,
     default=composed,
@@ -76,29 +94,48 @@ BACKWARD = define(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        output: Tensor = FORWARD.redispatch(
-            keyset & torch._C._after_autograd_keyset, x, None, trained(weight), *rest
-        )
-        return output
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        kind: int,
+    ) -> Tensor:
+        """With an activation, what it is applied to is kept: it is as large as the output."""
+        ctx.kind = kind
+        below = keyset & torch._C._after_autograd_keyset
+        arguments = (x, None, trained(weight), bias)
+        output: Tensor
+        if kind == reference.ACTIVATION_NONE:
+            ctx.save_for_backward(x, weight, None)
+            output = FORWARD.redispatch(below, *arguments, residual, kind)
+            return output
+        before = FORWARD.redispatch(below, *arguments, None, reference.ACTIVATION_NONE)
+        ctx.save_for_backward(x, weight, before)
+        output = activations.FORWARD(before, kind)
+        return output if residual is None else output + residual
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
-        grad_x, grad_weight = BACKWARD(grad, *ctx.saved_tensors, needs_x, needs_weight)
+        _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        x, weight, before = ctx.saved_tensors
+        inner = grad if before is None else activations.BACKWARD(grad, before, ctx.kind)
+        grad_x, grad_weight = BACKWARD(inner, x, weight, needs_x, needs_weight)
         return (
             None,
             grad_x if needs_x else None,
             grad_weight if needs_weight else None,
-            grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
+            inner.reshape(-1, inner.shape[-1]).sum(0) if needs_bias else None,
             grad if needs_residual else None,
+            None,
         )
 
 
 def _autograd(keyset: Any, x: Tensor, second: Tensor | None, *rest: Any) -> Any:
-    if needs_gradient((x, second, *rest)):
+    if needs_gradient((x, second, *rest[:3])):
         joined = x if second is None else torch.cat([x, second], dim=-1)
         return _Linear.apply(keyset, joined, *rest)  # type: ignore[no-untyped-call]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, second, *rest)
@@ -114,6 +151,7 @@ def linear(
     *,
     second: Tensor | None = None,
     residual: Tensor | None = None,
+    activation: LinearActivation = "none",
 ) -> Tensor:
     """Multiply the last dimension of x, or of x and ``second`` side by side, by a weight; add what is given.
 
@@ -122,13 +160,14 @@ def linear(
         weight: [K, C (+ S)], or a 1x1 convolution's, with sizes of one behind.
         bias: [K], or None.
         second: [..., S], more features of the input, behind those of x.
-        residual: [..., K], added to the output.
+        residual: [..., K], added to the output, behind the activation.
+        activation: "none", "gelu" (exact, by erf) or "quick_gelu", x sigmoid(1.702 x).
 
     Returns:
         [..., K] in the dtype of x. Differentiable once.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        ValueError: shapes or dtypes that do not fit each other, or an unknown activation.
     """
     if second is not None and second.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"second {tuple(second.shape)} must match x {tuple(x.shape)} but for the last size")
@@ -143,5 +182,7 @@ def linear(
     for name, each in (("second", second), ("weight", weight), ("bias", bias), ("residual", residual)):
         if each is not None and each.dtype is not x.dtype:
             raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
-    result: Tensor = FORWARD(x, second, weight, bias, residual)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(_ACTIVATIONS)}")
+    result: Tensor = FORWARD(x, second, weight, bias, residual, _ACTIVATIONS[activation])
     return result

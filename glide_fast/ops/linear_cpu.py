@@ -39,12 +39,17 @@ def _multiply(
 
 
 def linear(
-    x: Tensor, second: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    second: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: int,
 ) -> Tensor:
     """The op `linear`."""
     rows = _rows(x)
-    if not _is_served(x, second, weight, bias, residual) or len(rows) < _FEWEST_ROWS:
-        return op.composed(x, second, weight, bias, residual)
+    if not _is_served(x, second, weight, bias, residual) or len(rows) < _FEWEST_ROWS or kind:
+        return op.composed(x, second, weight, bias, residual, kind)
     form = packed(weight, "linear", lambda: _OPS.pack_linear(weight.flatten(1).t()))
     output = _multiply(
         rows,

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RESAMPLE_NONE, RESAMPLE_UP, RESAMPLE_DOWN = 0, 1, 2
+ACTIVATION_NONE, ACTIVATION_GELU, ACTIVATION_QUICK_GELU = 0, 1, 2
+QUICK_GELU_SLOPE = 1.702
 _AVERAGE_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
     3: F.avg_pool1d,
     4: F.avg_pool2d,
@@ -259,18 +261,77 @@ def norm_convolution_backward(
     return grad_x, *inner[1:], grad_weight, grad_bias
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """normalise(x [..., C]) * weight [C] + bias [C], and its mean and 1/deviation [...]."""
+    dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(weight.dtype))
+    wide = x.to(dtype)
+    mean = wide.mean(-1)
+    centred = wide - mean.unsqueeze(-1)
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    y = centred * rstd.unsqueeze(-1) * weight.to(dtype) + bias.to(dtype)
+    return y.to(x.dtype).contiguous(), mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor,  # [..., C]
+    x: Tensor,  # [..., C]
+    weight: Tensor,  # [C]
+    mean: Tensor,  # [...]
+    rstd: Tensor,  # [...]
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; empty where not needed."""
+    dtype = mean.dtype
+    wide = grad.to(dtype)
+    normal = (x.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    grad_x, grad_weight, grad_bias = nothing(x), nothing(weight), nothing(weight)
+    if needs_x:
+        inner = wide * weight.to(dtype)
+        inner = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
+        grad_x = (inner * rstd.unsqueeze(-1)).to(x.dtype).contiguous()
+    if needs_weight:
+        channels = len(weight)
+        grad_weight = (wide * normal).reshape(-1, channels).sum(0).to(weight.dtype)
+        grad_bias = wide.reshape(-1, channels).sum(0).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def activation(x: Tensor, kind: int) -> Tensor:
+    """GELU or QuickGELU of x."""
+    wide = x.to(compute_dtype(x.dtype))
+    y = F.gelu(wide) if kind == ACTIVATION_GELU else wide * torch.sigmoid(QUICK_GELU_SLOPE * wide)
+    return y.to(x.dtype).contiguous()
+
+
+def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
+    """The gradient of the activation's input."""
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    if kind == ACTIVATION_GELU:
+        density = (-0.5 * wide.square()).exp() / math.sqrt(2 * math.pi)
+        slope = 0.5 * torch.special.erfc(wide * -math.sqrt(0.5)) + wide * density
+    else:
+        sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * wide)
+        slope = sigmoid * (1 + QUICK_GELU_SLOPE * wide * (1 - sigmoid))
+    return (grad.to(dtype) * slope).to(x.dtype).contiguous()
+
+
 def linear(
     x: Tensor,  # [..., C]
     second: Tensor | None,  # [..., S]
     weight: Tensor,  # [K, C + S, *ones]
     bias: Tensor | None,  # [K]
     residual: Tensor | None,  # [..., K]
+    kind: int,
 ) -> Tensor:
-    """[x, second] weight^T + bias + residual, [..., K]."""
+    """activation([x, second] weight^T + bias) + residual, [..., K]."""
     dtype = compute_dtype(x.dtype)
     y = (x if second is None else torch.cat([x, second], dim=-1)).to(dtype) @ weight.flatten(1).to(dtype).t()
-    for summand in (bias, residual):
-        y = y if summand is None else y + summand.to(dtype)
+    y = y if bias is None else y + bias.to(dtype)
+    if kind != ACTIVATION_NONE:
+        y = activation(y, kind)
+    y = y if residual is None else y + residual.to(dtype)
     return y.to(x.dtype)
 
 
@@ -317,6 +378,15 @@ def attention(
     log_sum = scores.logsumexp(dim=3)
     output = (scores - log_sum.unsqueeze(3)).exp() @ wide_value
     return output.transpose(1, 2).to(query.dtype).contiguous(), log_sum
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(D), over the keys up to the query's place) value, of [B, T, N, D] each."""
+    query, wide_key, wide_value = _attention_inputs(query, key, value, None, None)
+    scores = query @ wide_key.transpose(2, 3)
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    output = scores.masked_fill(hidden, -math.inf).softmax(dim=3) @ wide_value
+    return output.transpose(1, 2).to(value.dtype).contiguous()
 
 
 def attention_backward(

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.ops import attention, group_norm, linear, norm_convolution, reference
+from glide_fast.ops import (
+    LinearActivation,
+    attention,
+    causal_attention,
+    group_norm,
+    layer_norm,
+    linear,
+    norm_convolution,
+    reference,
+)
 from tests.ops import attention_cases, group_norm_cases, norm_convolution_cases
 
 NORM = group_norm_cases.Case
@@ -117,10 +126,36 @@ def test_opcheck_of_linear(rows: int, dtype: torch.dtype) -> None:
     weight, bias = torch.randn(5, 8, dtype=dtype), torch.randn(5, dtype=dtype)
     grad = torch.randn(2, rows, 5, dtype=dtype)
     leaves = [each.requires_grad_() for each in (x, second, weight, bias)]
-    torch.library.opcheck(torch.ops.glide_fast.linear.default, (*leaves, None))
+    for kind in (reference.ACTIVATION_NONE, reference.ACTIVATION_GELU, reference.ACTIVATION_QUICK_GELU):
+        torch.library.opcheck(torch.ops.glide_fast.linear.default, (*leaves, None, kind))
     x, weight = x.detach(), weight.detach()[:, :6]
     torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, True, True))
     torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, False, True))
+
+
+@pytest.mark.parametrize("kind", [reference.ACTIVATION_GELU, reference.ACTIVATION_QUICK_GELU])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_the_activations(dtype: torch.dtype, kind: int) -> None:
+    x = torch.randn(2, 3, 5, dtype=dtype).transpose(0, 1)
+    torch.library.opcheck(torch.ops.glide_fast.activation.default, (x, kind))
+    torch.library.opcheck(torch.ops.glide_fast.activation_backward.default, (torch.randn_like(x), x, kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_layer_norm(dtype: torch.dtype) -> None:
+    x, parameters = torch.randn(2, 5, 6, dtype=dtype), [torch.randn(6) for _ in range(2)]
+    leaves = [each.clone().requires_grad_() for each in (x, *parameters)]
+    torch.library.opcheck(torch.ops.glide_fast.layer_norm.default, (*leaves, 1e-5))
+    output, *statistics = torch.ops.glide_fast.layer_norm(x, *parameters, 1e-5)
+    for needs in ((True, True), (False, True), (True, False)):
+        arguments = (torch.randn_like(output), x, parameters[0], *statistics, *needs)
+        torch.library.opcheck(torch.ops.glide_fast.layer_norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_causal_attention(dtype: torch.dtype) -> None:
+    projection = torch.randn(2, 5, 2, 3, 4, dtype=dtype)
+    torch.library.opcheck(torch.ops.glide_fast.causal_attention.default, projection.unbind(3))
 
 
 @pytest.mark.parametrize("case", [CONVOLUTIONS[0], CONVOLUTIONS[2]], ids=str)
@@ -179,12 +214,31 @@ def test_norm_convolution_compiles_into_one_graph(case: CONVOLUTION) -> None:
     )
 
 
-def test_linear_compiles_into_one_graph() -> None:
+def test_the_ops_of_a_transformer_compile_into_one_graph() -> None:
     def make() -> list[Tensor | None]:
         torch.manual_seed(0)
-        return [torch.randn(shape, requires_grad=True) for shape in ((2, 20, 6), (5, 6), (5,))]
+        shapes = ((2, 20, 6), (6,), (6,), (18, 6), (18,))
+        return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
-    same_compiled(lambda *values: linear(*values), make, "aot_eager")  # type: ignore[arg-type]
+    def block(x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
+        normal = layer_norm(x, weight, bias)
+        hidden = linear(normal, projection, offset, activation="gelu").unflatten(2, (2, 3, 3))
+        attended = causal_attention(*hidden.unbind(3)).flatten(2)
+        return linear(attended, projection, offset, activation="quick_gelu")
+
+    same_compiled(block, make, "aot_eager")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu"])
+def test_gradcheck_of_linear(activation: LinearActivation) -> None:
+    shapes = ((2, 5, 4), (3, 6), (3,), (2, 5, 2), (2, 5, 3))
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def function(*values: Tensor) -> Tensor:
+        x, weight, bias, second, residual = values
+        return linear(x, weight, bias, second=second, residual=residual, activation=activation)
+
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 def test_both_ops_compile_with_inductor_between_other_operations() -> None:

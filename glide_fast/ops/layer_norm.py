@@ -1,0 +1,132 @@
+"""Layer normalisation: each row to mean 0 and variance 1, then scaled and shifted.
+
+    y = (x - mean) / sqrt(variance + eps) * weight + bias
+
+Ba, Kiros & Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glide_fast.ops import reference
+from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+
+
+def statistics_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float32, or float64 where x or the parameters are."""
+    return torch.promote_types(reference.compute_dtype(x.dtype), reference.compute_dtype(weight.dtype))
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op by PyTorch's own."""
+    dtype = statistics_dtype(x, weight)
+    parameters = weight.to(dtype), bias.to(dtype)
+    y, mean, rstd = torch.native_layer_norm(x.to(dtype), weight.shape, *parameters, eps)
+    rows = x.shape[:-1]
+    return y.to(x.dtype).contiguous(), mean.reshape(rows), rstd.reshape(rows)
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = x.shape[:-1], statistics_dtype(x, weight)
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,  # noqa: ARG001
+    rstd: Tensor,  # noqa: ARG001
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = weight.shape if needs_weight else 0
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    return grad_x, weight.new_empty(parameters), weight.new_empty(parameters)
+
+
+FORWARD = define(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor output, Tensor mean, Tensor rstd)",
+    reference.layer_norm,
+    _fake_forward,
+    default=composed,
+)
+BACKWARD = define(
+    "layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x, bool needs_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.layer_norm_backward,
+    _fake_backward,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, rstd = FORWARD.redispatch(
+            keyset & torch._C._after_autograd_keyset, x, weight, bias, eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return output, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        gradients = BACKWARD(grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias)
+        needed = zip(gradients, (needs_x, needs_weight, needs_bias), strict=True)
+        return None, *(gradient if needs else None for gradient, needs in needed), None
+
+
+def _autograd(keyset: Any, *args: Any) -> Any:
+    if needs_gradient(args[:3]):
+        return _LayerNorm.apply(keyset, *args)  # type: ignore[no-untyped-call]
+    return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+differentiable("layer_norm", _autograd)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension of x, then scale and shift it.
+
+    Everything is computed in fp32 (fp64 where x or the parameters are) and rounded once, to x's dtype.
+
+    Args:
+        x: [..., C], any strides.
+        weight: [C], in any floating-point dtype, whatever that of x.
+        bias: [C], in the dtype of weight.
+        eps: added to the variance.
+
+    Returns:
+        [..., C], contiguous, in the dtype of x. Differentiable once.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other.
+    """
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating-point [..., C], C above 0")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; x needs [{x.shape[-1]}]")
+        if not values.is_floating_point() or values.dtype is not weight.dtype:
+            raise ValueError(f"{name} is {values.dtype}; give weight and bias of one floating-point dtype")
+    output: Tensor = FORWARD(x, weight, bias, eps)[0]
+    return output
