@@ -34,6 +34,7 @@ SOURCES = (
     "csrc/isa.cpp",
     "csrc/linear.cpp",
     "csrc/module.cpp",
+    "csrc/sampler_step.cpp",
 )
 ISA_SOURCES = (
     "csrc/attention_isa.cpp",
@@ -41,6 +42,7 @@ ISA_SOURCES = (
     "csrc/group_norm_isa.cpp",
     "csrc/linear_isa.cpp",
 )
+ROUNDED_LIKE_PYTORCH = ("csrc/sampler_step.cpp",)  # each product before it is added
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Name of the variant -> bytes of a vector and the compiler's flags.
 ISAS = {"generic": (16, "")}
@@ -125,7 +127,7 @@ def ninja_file(output: Path, compiler: str, torch: Path) -> str:
         lines.append(f"  isa_flags = {isa_flags}")
 
     for source in SOURCES:
-        add(source, "", "")
+        add(source, "", "-ffp-contract=off" if source in ROUNDED_LIKE_PYTORCH else "")
     for source in ISA_SOURCES:
         for name, (vector_bytes, isa_flags) in ISAS.items():
             defines = f"-DGLIDE_FAST_ISA={name} -DVECTOR_BYTES={vector_bytes}"

@@ -111,19 +111,6 @@ void set_film(Problem& problem, const OptionalTensor& scale, const OptionalTenso
     problem.shift_stride = shift ? shift->stride(0) : 0;
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-    const auto sizes = tensor.sizes();
-    return {sizes.begin(), sizes.end()};
-}
-
-template <size_t RESULTS, size_t ARGUMENTS>
-std::array<StableIValue, ARGUMENTS> call_reference(const char* op,
-                                                   std::array<StableIValue, ARGUMENTS> stack) {
-    static_assert(RESULTS <= ARGUMENTS);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    return stack;
-}
-
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

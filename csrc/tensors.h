@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -30,6 +31,20 @@ inline float* mutable_data(Tensor& tensor) {
 inline Tensor empty(std::vector<int64_t> sizes, MemoryFormat format = MemoryFormat::Contiguous,
                     ScalarType type = ScalarType::Float) {
     return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    return {sizes.begin(), sizes.end()};
+}
+
+// Calls an op of ours by its name; the results are the first values of what comes back.
+template <size_t RESULTS, size_t ARGUMENTS>
+std::array<StableIValue, ARGUMENTS> call_reference(const char* op,
+                                                   std::array<StableIValue, ARGUMENTS> stack) {
+    static_assert(RESULTS <= ARGUMENTS);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+    return stack;
 }
 
 }  // namespace glide_fast

@@ -189,17 +189,22 @@ class GaussianDiffusion:
         Raises:
             ValueError: the output's shape does not fit x and the variance type.
         """
+        self.check_output(model_output, x)
         channels = x.shape[1]
-        expected = (x.shape[0], channels * (2 if self.learns_variance else 1), *x.shape[2:])
+        model_output = model_output.to(x.dtype)
+        if self.learns_variance:
+            return model_output[:, :channels], model_output[:, channels:]
+        return model_output, None
+
+    def check_output(self, model_output: Tensor, x: Tensor) -> None:
+        """Raise ``ValueError`` if the output's shape does not fit x and the variance type."""
+        channels = x.shape[1] * (2 if self.learns_variance else 1)
+        expected = (x.shape[0], channels, *x.shape[2:])
         if model_output.shape != expected:
             raise ValueError(
                 f"model output has shape {tuple(model_output.shape)} but x {tuple(x.shape)} with variance "
                 f"type {self.variance_type!r} needs {expected}; check the model's out_channels and image size"
             )
-        model_output = model_output.to(x.dtype)
-        if self.learns_variance:
-            return model_output[:, :channels], model_output[:, channels:]
-        return model_output, None
 
     def _variance(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log-variance [B, C, H, W] of the step back."""

@@ -12,6 +12,7 @@ from glide_fast.ops.group_norm import Activation, Resample, group_norm
 from glide_fast.ops.layer_norm import layer_norm
 from glide_fast.ops.linear import LinearActivation, linear
 from glide_fast.ops.norm_convolution import norm_convolution
+from glide_fast.ops.sampler_step import StepRule, sampler_step
 
 load_compiled()
 attention_cpu.register()
@@ -24,6 +25,7 @@ __all__ = [
     "Implementation",
     "LinearActivation",
     "Resample",
+    "StepRule",
     "attention",
     "causal_attention",
     "group_norm",
@@ -31,5 +33,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "norm_convolution",
+    "sampler_step",
     "use_reference",
 ]

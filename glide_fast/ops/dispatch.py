@@ -29,7 +29,7 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-u
 DEVICE_KEYS = ("CPU", "CUDA")
 ISA_VARIABLE = "GLIDE_FAST_ISA"
 _ISA_NAMES = {"generic": "C++", "avx2": "C++ AVX2+FMA", "avx512": "C++ AVX-512"}
-_CPP_OPS = ("group_norm", "group_norm_backward")
+_CPP_OPS = ("group_norm", "group_norm_backward", "sampler_step")
 
 
 @dataclass(frozen=True, kw_only=True)

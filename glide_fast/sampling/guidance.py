@@ -20,7 +20,31 @@ GradientFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 MAX_GUIDANCE_SCALE = 100.0
 
 
-def classifier_free(denoise: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFree:
+    """A guided denoiser, as :func:`classifier_free` makes it; samplers may mix its two halves themselves."""
+
+    denoise: Denoiser  # on 2B rows
+    scale: float
+    rescale: float
+
+    def halves(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The output for B conditional rows and B unconditional ones after them, [2B, C or 2C, H, W]."""
+        return self.denoise(torch.cat([x, x]), torch.cat([timesteps, timesteps]))
+
+    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The guided output [B, C or 2C, H, W]."""
+        conditional, unconditional = self.halves(x, timesteps).chunk(2)
+        channels = x.shape[1]
+        epsilon = unconditional[:, :channels]
+        mixed = epsilon + self.scale * (conditional[:, :channels] - epsilon)
+        if self.rescale:
+            ratio = _deviation(conditional[:, :channels]) / _deviation(mixed)
+            mixed = mixed * (1 - self.rescale + self.rescale * ratio)
+        return torch.cat([mixed, conditional[:, channels:]], dim=1)
+
+
+def classifier_free(denoise: Denoiser, scale: float, *, rescale: float = 0.0) -> ClassifierFree:
     """A denoiser on B rows out of one on 2B: conditional rows first, unconditional rows after them.
 
     epsilon = unconditional + scale (conditional - unconditional): scale 0 ignores the condition, 1 is the
@@ -40,18 +64,7 @@ def classifier_free(denoise: Denoiser, scale: float, *, rescale: float = 0.0) ->
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale {rescale} must lie in 0 .. 1; 0 leaves it out, 0.7 is usual")
 
-    def guided(x: Tensor, timesteps: Tensor) -> Tensor:
-        output = denoise(torch.cat([x, x]), torch.cat([timesteps, timesteps]))
-        conditional, unconditional = output.chunk(2)
-        channels = x.shape[1]
-        epsilon = unconditional[:, :channels]
-        mixed = epsilon + scale * (conditional[:, :channels] - epsilon)
-        if rescale:
-            ratio = _deviation(conditional[:, :channels]) / _deviation(mixed)
-            mixed = mixed * (1 - rescale + rescale * ratio)
-        return torch.cat([mixed, conditional[:, channels:]], dim=1)
-
-    return guided
+    return ClassifierFree(denoise=denoise, scale=scale, rescale=rescale)
 
 
 def within(guided: Denoiser, plain: Denoiser, *, first: int, last: int) -> Denoiser:

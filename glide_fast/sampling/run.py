@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glide_fast.diffusion.process import DenoisedFunction, GaussianDiffusion, Prediction
+from glide_fast.ops import StepRule, sampler_step
 from glide_fast.sampling.denoiser import Denoiser, NoiseSource, global_noise
+from glide_fast.sampling.guidance import ClassifierFree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,30 @@ class Run:
         return self.diffusion.predict(
             output, x, t, clip_denoised=self.clip_denoised, denoised_fn=self.denoised_fn
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing comes between the denoiser's output and the step, so that `move` serves."""
+        return type(self.diffusion) is GaussianDiffusion and self.denoised_fn is None
+
+    @cached_property
+    def guided(self) -> ClassifierFree | None:
+        """The denoiser, if it mixes two halves by a formula that a step can compute as well."""
+        return self.denoise if isinstance(self.denoise, ClassifierFree) and not self.denoise.rescale else None
+
+    @cached_property
+    def guidance(self) -> Tensor | None:
+        """The scale of `guided` [1], on the device of x."""
+        return None if self.guided is None else torch.full((1,), self.guided.scale, device=self.x.device)
+
+    def move(self, rule: StepRule, x: Tensor, step: int, *, noisy: bool = True) -> tuple[Tensor, Tensor]:
+        """One evaluation of the denoiser, and all that follows in one pass: the next x, the guess of x_0."""
+        t = self.t(step)
+        evaluate = self.denoise if self.guided is None else self.guided.halves
+        output = evaluate(x, self.diffusion.model_timesteps(t))
+        self.diffusion.check_output(output[: x.shape[0]], x)
+        noise = self.draw() if noisy else None
+        return sampler_step(x, output, t, rule, noise=noise, guidance=self.guidance)
 
     def limit(self, x_start: Tensor) -> Tensor:
         """An extrapolated guess of x_0 treated as the denoiser's own: ``denoised_fn``, then the clip."""

@@ -12,42 +12,56 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from glide_fast.diffusion.rules import ddim_encode_rule, ddim_rule, ddpm_rule
 from glide_fast.sampling.run import Run, Sampler, sampler
 from glide_fast.sampling.solvers import dpm_solver, dpm_solver_sde, heun, plms, unipc
 
 
 def _ddpm(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Ancestral sampling (DDPM, arXiv 2006.11239, algorithm 2), with the variance of the model."""
-    x = run.x
+    x, rule = run.x, ddpm_rule(run.diffusion, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown:
-        p = run.predict(x, step)
-        z = run.draw()
-        x = p.mean if step == 0 else p.mean + torch.exp(0.5 * p.log_variance) * z
-        yield x, p.x_start
+        x, x_start = run.move(rule, x, step) if run.is_plain else _ancestral(run, x, step)
+        yield x, x_start
+
+
+def _ancestral(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """What the rule does, where the prediction is more than the denoiser's output."""
+    p = run.predict(x, step)
+    z = run.draw()
+    return p.mean if step == 0 else p.mean + torch.exp(0.5 * p.log_variance) * z, p.x_start
 
 
 def _ddim(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM (arXiv 2010.02502, equation 12): deterministic given x at eta 0, as random as DDPM at eta 1."""
-    x = run.x
+    x, rule = run.x, ddim_rule(run.diffusion, run.eta, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown:
-        t = run.t(step)
-        x_start = run.predict(x, step).x_start
-        epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
-        mean, sigma = run.diffusion.ddim_step(x_start, epsilon, t, run.eta)
-        z = run.draw()
-        x = mean if step == 0 else mean + sigma * z
+        x, x_start = run.move(rule, x, step) if run.is_plain else _implicit(run, x, step)
         yield x, x_start
+
+
+def _implicit(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    t = run.t(step)
+    x_start = run.predict(x, step).x_start
+    epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
+    mean, sigma = run.diffusion.ddim_step(x_start, epsilon, t, run.eta)
+    z = run.draw()
+    return mean if step == 0 else mean + sigma * z, x_start
 
 
 def _ddim_encode(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM at eta 0 run backwards (arXiv 2010.02502, section 4.3): the noise x_T that leads to picture x."""
-    x = run.x
+    x, rule = run.x, ddim_encode_rule(run.diffusion, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown[::-1]:
-        t = run.t(step)
-        x_start = run.predict(x, step).x_start
-        epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
-        x = run.diffusion.ddim_step_to_noise(x_start, epsilon, t)
+        x, x_start = run.move(rule, x, step, noisy=False) if run.is_plain else _encoding(run, x, step)
         yield x, x_start
+
+
+def _encoding(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    t = run.t(step)
+    x_start = run.predict(x, step).x_start
+    epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
+    return run.diffusion.ddim_step_to_noise(x_start, epsilon, t), x_start
 
 
 ddpm = sampler(_ddpm)

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from glide_fast.ops import (
+    StepRule,
     dispatch,
     group_norm,
     implementations,
     linear,
     norm_convolution,
     reference,
+    sampler_step,
     use_reference,
 )
 from tests.ops import attention_cases, group_norm_cases
@@ -32,6 +34,7 @@ OPS = (
     "linear_backward",
     "norm_convolution",
     "norm_convolution_backward",
+    "sampler_step",
 )
 LIBRARY = dispatch.cpp_library()
 needs_cpp = pytest.mark.skipif(LIBRARY is None, reason="the C++ library is not built")
@@ -66,6 +69,8 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         x, weight = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
         norm_convolution(x, weight).sum().backward()
         linear(x, torch.randn(2, 5)).sum().backward()
+        rule = StepRule(table=torch.ones(1, 8), deviation="table", direction="x", clip=True)
+        sampler_step(x.detach(), x.detach(), torch.tensor([0]), rule)
     assert calls == dict.fromkeys(OPS, 1)
 
 

@@ -1,0 +1,59 @@
+"""The references of the ops that treat each element by itself: see :mod:`glide_fast.ops.reference`.
+
+Shapes: B batch, C channels, T timesteps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glide_fast.ops.reference import compute_dtype
+
+DEVIATION_TABLE, DEVIATION_LEARNED = 0, 1
+DIRECTION_X, DIRECTION_NOISE, DIRECTION_OUTPUT = 0, 1, 2
+
+
+def sampler_step(
+    x: Tensor,  # [B, C, *space]
+    output: Tensor,  # [B or 2B, C or 2C, *space]
+    noise: Tensor | None,  # [B, C, *space]
+    table: Tensor,  # [T, 8]
+    t: Tensor,  # [B]
+    guidance: Tensor | None,  # one number
+    deviation: int,
+    direction: int,
+    clip: bool,
+) -> tuple[Tensor, Tensor]:
+    """The pictures of the next timestep, and the guess of the clean ones: see :mod:`..ops.sampler_step`."""
+    dtype, channels = compute_dtype(x.dtype), x.shape[1]
+    wide, given = x.to(dtype), output.to(dtype)
+    guess_x, guess_output, mean_start, mean_direction, noise_x, noise_start, low, high = (
+        column.view(-1, *[1] * (x.ndim - 1)) for column in table.to(dtype)[t].unbind(1)
+    )
+    conditional = given[: x.shape[0]]
+    prediction = conditional[:, :channels]
+    if guidance is not None:
+        unconditional = given[x.shape[0] :, :channels]
+        prediction = unconditional + guidance.to(dtype) * (prediction - unconditional)
+    x_start = guess_x * wide + guess_output * prediction
+    if clip:
+        x_start = x_start.clamp(-1, 1)
+    if direction == DIRECTION_OUTPUT:
+        mean = prediction
+    elif direction == DIRECTION_NOISE:
+        mean = mean_start * x_start + mean_direction * ((noise_x * wide - x_start) / noise_start)
+    else:
+        mean = mean_start * x_start + mean_direction * wide
+    if noise is not None:
+        spread = low
+        if deviation != DEVIATION_TABLE:
+            log_variance = conditional[:, channels:]
+            if deviation != DEVIATION_LEARNED:
+                share = (log_variance + 1) / 2  # the v of Improved DDPM, equation 15
+                log_variance = share * high + (1 - share) * low
+            spread = torch.exp(0.5 * log_variance)
+        last = (t == 0).view(low.shape)
+        mean = torch.where(last, mean, mean + spread * noise.to(dtype))
+    following, guess = x.new_empty(x.shape), x.new_empty(x.shape)
+    return following.copy_(mean), guess.copy_(x_start)
