@@ -12,7 +12,7 @@
 namespace glide_fast {
 namespace {
 
-constexpr int64_t BLOCK_QUERIES = 48;
+constexpr int64_t BLOCK_QUERIES = 48;  // at most
 constexpr int64_t OPERATIONS_PER_EXPONENTIAL = 32;
 
 AttentionTensor view_of(const Tensor& tensor) {
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     problem.value = view_of(value);
     if (text_key) problem.text_key = view_of(*text_key);
     if (text_value) problem.text_value = view_of(*text_value);
-    problem.block_queries = BLOCK_QUERIES;
+    problem.block_queries = divide_up(problem.queries, divide_up(problem.queries, BLOCK_QUERIES));
 
     Tensor output = empty({problem.batch, problem.queries, problem.heads, problem.dim});
     Tensor log_sum = empty({problem.batch, problem.heads, problem.queries});
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     for_each_task(heads * problem.key_panels(), 8 * PANEL * problem.dim,
                   [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });
     const int64_t operations =
-        BLOCK_QUERIES * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);
+        problem.block_queries * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);
     for_each_task(heads * problem.query_blocks(), operations, [&](int64_t begin, int64_t end) {
         kernels.attend(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
     });

@@ -14,7 +14,23 @@ constexpr int64_t BLOCK_KEYS = 256;  // whose scores are in memory at a time
 constexpr float LOWEST = -3.0e38f;
 
 int64_t scratch(const Attention& problem) {
-    return problem.block_queries * (BLOCK_KEYS + problem.padded_dim() + 2);
+    return problem.block_queries * (BLOCK_KEYS + problem.padded_dim() + LANES + 1);
+}
+
+inline void copy_column(const float* source, int64_t dim, float* target) {
+    for (int64_t d = 0; d < dim; ++d) target[d * PANEL] = source[d];
+}
+
+// A token's row of `dim` values into each of their panels, zeros behind it.
+inline void copy_row(const Attention& problem, const float* source, int64_t dim, float* target) {
+    for (int64_t part = 0; part < problem.padded_dim(); part += LANES) {
+        const int64_t lanes = dim - part < LANES ? dim - part : LANES;
+        float* line = target + part / PANEL * problem.padded_keys() * PANEL + part % PANEL;
+        if (lanes == LANES)
+            store(line, load(source + part));
+        else
+            store(line, lanes > 0 ? load_first(source + part, lanes) : Vector{});
+    }
 }
 
 void pack_panel(const Attention& problem, int64_t picture, int64_t head, int64_t panel) {
@@ -23,19 +39,16 @@ void pack_panel(const Attention& problem, int64_t picture, int64_t head, int64_t
     float* values = problem.packed_values + index * problem.padded_keys() * problem.padded_dim();
     for (int64_t column = 0; column < PANEL; ++column) {
         const int64_t number = panel * PANEL + column;
-        const bool exists = number < problem.keys(), is_text = number < problem.text;
+        const bool is_text = number < problem.text;
         const int64_t token = is_text ? number : number - problem.text;
-        const AttentionTensor& key = is_text ? problem.text_key : problem.key;
-        const AttentionTensor& value = is_text ? problem.text_value : problem.value;
-        const float* key_row = exists ? key.at(picture, token, head) : nullptr;
-        const float* value_row = exists ? value.at(picture, token, head) : nullptr;
-        for (int64_t d = 0; d < dim; ++d) keys[d * PANEL + column] = exists ? key_row[d] : 0.0f;
-        for (int64_t part = 0; part < problem.value_panels(); ++part) {
-            float* target = values + (part * problem.padded_keys() + number) * PANEL;
-            for (int64_t d = 0; d < PANEL; ++d) {
-                const int64_t at = part * PANEL + d;
-                target[d] = exists && at < dim ? value_row[at] : 0.0f;
-            }
+        if (number < problem.keys()) {
+            copy_column((is_text ? problem.text_key : problem.key).at(picture, token, head), dim,
+                        keys + column);
+            copy_row(problem, (is_text ? problem.text_value : problem.value).at(picture, token, head), dim,
+                     values + number * PANEL);
+        } else {
+            for (int64_t d = 0; d < dim; ++d) keys[d * PANEL + column] = 0.0f;
+            copy_row(problem, nullptr, 0, values + number * PANEL);
         }
     }
 }
@@ -48,14 +61,18 @@ void pack(const Attention& problem, int64_t begin, int64_t end) {
 }
 
 inline float largest_lane(Vector value) {
-    float result = value[0];
-    for (int64_t lane = 1; lane < LANES; ++lane) result = value[lane] > result ? value[lane] : result;
-    return result;
+    float lanes[LANES];
+    store(lanes, value);
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane)
+            lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
+    return lanes[0];
 }
 
-// Scores become weights exp(scale * score - maximum); the running maximum and sum go on. Returns by how much
-// what was summed before has to shrink. The scores behind `keys`, up to the panel's end, become zero.
-inline float exponentiate(float* scores, int64_t keys, float scale, float* maximum, float* sum) {
+// Scores become weights exp(scale * score - maximum); the running maximum and the sums of each lane go on.
+// Returns by how much what was summed before has to shrink. The scores behind `keys`, up to the panel's end,
+// become zero.
+inline float exponentiate(float* scores, int64_t keys, float scale, float* maximum, float* sums) {
     Vector highest = splat(LOWEST);
     const int64_t whole = keys / LANES * LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
@@ -65,8 +82,9 @@ inline float exponentiate(float* scores, int64_t keys, float scale, float* maxim
     float top = largest_lane(highest);
     for (int64_t k = whole; k < keys; ++k) top = scores[k] > top ? scores[k] : top;
     const float before = *maximum, now = top * scale > before ? top * scale : before;
+    const float shrink = before == LOWEST ? 0.0f : before == now ? 1.0f : exponential(splat(before - now))[0];
 
-    Vector total{};
+    Vector total = load(sums) * shrink;
     for (int64_t k = 0; k < whole; k += LANES) {
         const Vector weight = exponential(load(scores + k) * scale - now);
         store(scores + k, weight);
@@ -79,9 +97,8 @@ inline float exponentiate(float* scores, int64_t keys, float scale, float* maxim
         total += load(scores + whole);
         for (int64_t k = whole + LANES; k % PANEL != 0; k += LANES) store(scores + k, Vector{});
     }
-    const float shrink = before == LOWEST ? 0.0f : exponential(splat(before - now))[0];
     *maximum = now;
-    *sum = *sum * shrink + static_cast<float>(sum_of_lanes(total));
+    store(sums, total);
     return shrink;
 }
 
@@ -89,10 +106,10 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
     const int64_t picture = index / problem.heads, head = index % problem.heads, width = problem.padded_dim();
     const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(problem.dim)));
     float *scores = scratch, *sums = scores + rows * BLOCK_KEYS;
-    float *maximum = sums + rows * width, *total = maximum + rows;
+    float *totals = sums + rows * width, *maximum = totals + rows * LANES;
     const float* keys = problem.packed_keys + index * problem.key_panels() * problem.dim * PANEL;
     const float* values = problem.packed_values + index * problem.padded_keys() * width;
-    for (int64_t row = 0; row < rows; ++row) maximum[row] = LOWEST, total[row] = 0.0f;
+    for (int64_t row = 0; row < rows; ++row) maximum[row] = LOWEST, store(totals + row * LANES, Vector{});
     for (int64_t begin = 0; begin < problem.keys(); begin += BLOCK_KEYS) {
         const int64_t count = smaller(BLOCK_KEYS, problem.keys() - begin);
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
@@ -102,7 +119,7 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
                                       BLOCK_KEYS, false);
         for (int64_t row = 0; row < rows; ++row) {
             const float shrink =
-                exponentiate(scores + row * BLOCK_KEYS, count, scale, maximum + row, total + row);
+                exponentiate(scores + row * BLOCK_KEYS, count, scale, maximum + row, totals + row * LANES);
             if (begin > 0 && shrink != 1.0f)
                 for (int64_t d = 0; d < width; d += LANES)
                     store(sums + row * width + d, load(sums + row * width + d) * shrink);
@@ -115,10 +132,11 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
     for (int64_t row = 0; row < rows; ++row) {
         float* target =
             problem.output + ((picture * problem.queries + first + row) * problem.heads + head) * problem.dim;
-        const float inverse = 1.0f / total[row];
+        const float total = static_cast<float>(sum_of_lanes(load(totals + row * LANES)));
+        const float inverse = 1.0f / total;
         for (int64_t d = 0; d < problem.dim; d += LANES)
             store_first(target + d, load(sums + row * width + d) * inverse, smaller(LANES, problem.dim - d));
-        problem.log_sum[index * problem.queries + first + row] = maximum[row] + __builtin_logf(total[row]);
+        problem.log_sum[index * problem.queries + first + row] = maximum[row] + __builtin_logf(total);
     }
 }
 
