@@ -27,19 +27,23 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SOURCES = (
+    "csrc/activation.cpp",
     "csrc/attention.cpp",
     "csrc/convolution.cpp",
     "csrc/group_norm.cpp",
     "csrc/group_norm_coefficients.cpp",
     "csrc/isa.cpp",
+    "csrc/layer_norm.cpp",
     "csrc/linear.cpp",
     "csrc/module.cpp",
     "csrc/sampler_step.cpp",
 )
 ISA_SOURCES = (
+    "csrc/activation_isa.cpp",
     "csrc/attention_isa.cpp",
     "csrc/convolution_isa.cpp",
     "csrc/group_norm_isa.cpp",
+    "csrc/layer_norm_isa.cpp",
     "csrc/linear_isa.cpp",
 )
 ROUNDED_LIKE_PYTORCH = ("csrc/sampler_step.cpp",)  # each product before it is added

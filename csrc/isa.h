@@ -4,9 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "activation.h"
 #include "attention.h"
 #include "convolution.h"
 #include "group_norm.h"
+#include "layer_norm.h"
 #include "linear.h"
 
 namespace glide_fast {
@@ -18,6 +20,8 @@ struct Isa {
     const ConvolutionKernels* convolution;
     const LinearKernels* linear;
     const AttentionKernels* attention;
+    const ActivationKernels* activation;
+    const LayerNormKernels* layer_norm;
 };
 
 // The variants that were compiled and that this CPU can run, slowest first.

@@ -32,7 +32,7 @@ LinearSource source_of(const Tensor& a) {
     return {data(a), a.stride(0), a.stride(1), a.size(1)};
 }
 
-void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, OptionalTensor bias,
+void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, OptionalTensor bias, int64_t kind,
               OptionalTensor residual, Tensor output) {
     LinearProblem problem{};
     problem.rows = a.size(0);
@@ -56,6 +56,7 @@ void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Option
         problem.b_panel = problem.depth() * PANEL;
     }
     problem.bias = data(bias);
+    problem.activation = static_cast<Activation>(kind);
     problem.residual = data(residual);
     problem.output = mutable_data(output);
 
@@ -91,8 +92,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
     library.def("fingerprint(Tensor weight) -> int");
     library.def("pack_linear(Tensor b) -> Tensor");
     library.def(
-        "multiply(Tensor a, Tensor? second, Tensor b, int columns, Tensor? bias, Tensor? residual, "
-        "Tensor(a!) output) -> ()");
+        "multiply(Tensor a, Tensor? second, Tensor b, int columns, Tensor? bias, int kind, "
+        "Tensor? residual, Tensor(a!) output) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glide_fast, CPU, library) {

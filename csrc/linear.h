@@ -1,6 +1,7 @@
 // What the matrix product hands to its kernels. Plain data only: code compiled for different ISAs shares it.
 #pragma once
 
+#include "activation.h"
 #include "panel.h"
 
 namespace glide_fast {
@@ -11,14 +12,15 @@ struct LinearSource {
     int64_t depth;        // columns; 0 where there is no second source
 };
 
-// output [rows, columns] = [sources side by side] B + bias + residual.
+// output [rows, columns] = activation([sources side by side] B + bias) + residual.
 struct LinearProblem {
     int64_t rows, columns;
     LinearSource sources[2];
-    const float* b;         // panels [depth, PANEL], or B itself, whose rows of columns are dense
-    int64_t b_row;          // stride of a panel's rows
-    int64_t b_panel;        // stride of panels
-    const float* bias;      // [columns] or null
+    const float* b;     // panels [depth, PANEL], or B itself, whose rows of columns are dense
+    int64_t b_row;      // stride of a panel's rows
+    int64_t b_panel;    // stride of panels
+    const float* bias;  // [columns] or null
+    Activation activation;
     const float* residual;  // [rows, columns] or null
     float* output;
     int64_t block_rows;  // rows of a task

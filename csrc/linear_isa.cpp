@@ -1,4 +1,5 @@
 // Matrix products for one ISA.
+#include "activation_math.h"
 #include "group_norm_math.h"
 #include "linear.h"
 #include "product.h"
@@ -12,14 +13,16 @@ int64_t scratch(const LinearProblem& problem) {
     return problem.block_rows * PANEL;
 }
 
-void finish(const LinearProblem& problem, const float* sums, int64_t first_row, int64_t rows, int64_t first) {
+template <Activation KIND>
+void finish_as(const LinearProblem& problem, const float* sums, int64_t first_row, int64_t rows,
+               int64_t first) {
     for (int64_t lane = 0; lane < PANEL && first + lane < problem.columns; lane += LANES) {
         const int64_t lanes = smaller(LANES, problem.columns - first - lane);
         Vector bias{};
         if (problem.bias != nullptr) bias = load_first(problem.bias + first + lane, lanes);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t at = (first_row + row) * problem.columns + first + lane;
-            Vector value = load(sums + row * PANEL + lane) + bias;
+            Vector value = activated<KIND>(load(sums + row * PANEL + lane) + bias);
             if (lanes == LANES) {
                 if (problem.residual != nullptr) value += load(problem.residual + at);
                 store(problem.output + at, value);
@@ -29,6 +32,13 @@ void finish(const LinearProblem& problem, const float* sums, int64_t first_row, 
             }
         }
     }
+}
+
+void finish(const LinearProblem& problem, const float* sums, int64_t first_row, int64_t rows, int64_t first) {
+    auto finish_this = finish_as<Activation::NONE>;
+    if (problem.activation == Activation::GELU) finish_this = finish_as<Activation::GELU>;
+    if (problem.activation == Activation::QUICK_GELU) finish_this = finish_as<Activation::QUICK_GELU>;
+    finish_this(problem, sums, first_row, rows, first);
 }
 
 void multiply(const LinearProblem& problem, int64_t begin, int64_t end, float* sums) {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from glide_fast.ops import activation as activations
 from glide_fast.ops import linear as op
 from glide_fast.ops import memory, reference
 from glide_fast.ops.dispatch import cpp_library, implement
@@ -24,6 +27,10 @@ def _is_served(*tensors: Tensor | None) -> bool:
     return all(each is None or (each.dtype is torch.float32 and each.numel() > 0) for each in tensors)
 
 
+def _dense_strides(shape: torch.Size) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
 def _multiply(
     a: Tensor,  # [rows, C]
     b: Tensor,  # [C (+ S), columns], or packed
@@ -32,9 +39,10 @@ def _multiply(
     second: Tensor | None = None,  # [rows, S]
     bias: Tensor | None = None,  # [columns]
     residual: Tensor | None = None,  # [rows, columns]
+    kind: int = reference.ACTIVATION_NONE,
 ) -> Tensor:
     output = memory.empty((len(a), columns), (columns, 1))
-    _OPS.multiply(a, second, b, columns, bias, residual, output)
+    _OPS.multiply(a, second, b, columns, bias, kind, residual, output)
     return output
 
 
@@ -48,7 +56,7 @@ def linear(
 ) -> Tensor:
     """The op `linear`."""
     rows = _rows(x)
-    if not _is_served(x, second, weight, bias, residual) or len(rows) < _FEWEST_ROWS or kind:
+    if not _is_served(x, second, weight, bias, residual) or len(rows) < _FEWEST_ROWS:
         return op.composed(x, second, weight, bias, residual, kind)
     form = packed(weight, "linear", lambda: _OPS.pack_linear(weight.flatten(1).t()))
     output = _multiply(
@@ -58,6 +66,7 @@ def linear(
         second=None if second is None else _rows(second),
         bias=None if bias is None else bias.contiguous(),
         residual=None if residual is None else _rows(residual).contiguous(),
+        kind=kind,
     )
     return output.view(*x.shape[:-1], len(weight))
 
@@ -78,8 +87,27 @@ def linear_backward(
     return grad_x, grad_weight
 
 
+def activation(x: Tensor, kind: int) -> Tensor:
+    """The op `activation`."""
+    if not _is_served(x):
+        return activations.composed(x, kind)
+    output = memory.empty(x.shape, _dense_strides(x.shape))
+    _OPS.activate(x.contiguous(), kind, output)
+    return output
+
+
+def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
+    """The op `activation_backward`."""
+    if not _is_served(grad, x):
+        return activations.composed_backward(grad, x, kind)
+    output = memory.empty(x.shape, _dense_strides(x.shape))
+    _OPS.activate_backward(grad.contiguous(), x.contiguous(), kind, output)
+    return output
+
+
 def register() -> None:
-    """Register both ops for the CPU key, where the C++ library is."""
+    """Register the ops for the CPU key, where the C++ library is."""
+    served = (linear, linear_backward, activation, activation_backward)
     if cpp_library() is not None:
-        for name, function in (("linear", linear), ("linear_backward", linear_backward)):
-            implement(name, "CPU", function, name="C++", reason=_REASON)
+        for function in served:
+            implement(function.__name__, "CPU", function, name="C++", reason=_REASON)

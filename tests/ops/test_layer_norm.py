@@ -1,0 +1,118 @@
+"""Layer normalisation: values and gradients against float64, dtypes, layouts, statistics, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.parity import excess
+from glide_fast.ops import layer_norm, use_reference
+
+SHAPES = [(2, 77, 512), (400, 768), (3, 5, 7), (65, 33), (4, 2), (1,), (130, 100), (0, 6), (2, 0, 6)]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x, far from mean 0, and weight and bias, far from 1 and 0."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, shape[-1:], shape[-1:]))
+    return tuple(each.to(dtype).requires_grad_() for each in (2 * x + 3, weight + 1, bias))  # type: ignore[return-value]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
+def differentiate(function: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    output = function(*inputs)
+    arriving = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, inputs, arriving)]
+
+
+def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.detach().double().requires_grad_() for each in inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("isa")
+def test_values_and_gradients_are_exact(shape: tuple[int, ...]) -> None:
+    inputs = draw(shape)
+    exact, usual = differentiate(plain, doubled(inputs)), differentiate(plain, inputs)
+    for actual, simple, value in zip(differentiate(layer_norm, inputs), usual, exact, strict=True):
+        assert actual.shape == value.shape
+        assert excess(actual, simple, value) <= 1
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_mean_far_from_zero_does_not_cancel() -> None:
+    x = (torch.randn(9, 200, generator=torch.Generator().manual_seed(0)) + 1e4).requires_grad_()
+    inputs = x, torch.ones(200, requires_grad=True), torch.zeros(200, requires_grad=True)
+    exact, usual = differentiate(plain, doubled(inputs)), differentiate(plain, inputs)
+    for actual, simple, value in zip(differentiate(layer_norm, inputs), usual, exact, strict=True):
+        assert excess(actual, simple, value) <= 1
+
+
+def test_rows_of_any_stride() -> None:
+    x, weight, bias = (each.detach() for each in draw((6, 5, 24)))
+    for view in (x[:, 0], x.transpose(0, 1), x.mT.contiguous().mT, x[:, ::2], x.expand(2, 6, 5, 24)):
+        torch.testing.assert_close(layer_norm(view, weight, bias), plain(view, weight, bias))
+        assert layer_norm(view, weight, bias).is_contiguous()
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_half_precision_is_float32_arithmetic_rounded_once(parameters: torch.dtype) -> None:
+    x = draw((3, 40, 96), torch.bfloat16)[0]
+    _, weight, bias = draw((96,), parameters)
+    expected = plain(x.float(), weight.float(), bias.float())
+    actual = layer_norm(x, weight, bias)
+    assert actual.dtype is torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=1e-6)
+    gradients = differentiate(layer_norm, (x, weight, bias))[1:]
+    assert [each.dtype for each in gradients] == [torch.bfloat16, parameters, parameters]
+    with use_reference():
+        defined = differentiate(layer_norm, (x, weight, bias))[1:]
+    for mine, value in zip(gradients, defined, strict=True):
+        torch.testing.assert_close(mine, value, rtol=2e-2, atol=1e-4)
+
+
+def test_float64_parameters_widen_the_arithmetic() -> None:
+    x = draw((20, 30))[0].detach()
+    _, weight, bias = (each.detach() for each in draw((30,), torch.float64))
+    assert torch.equal(layer_norm(x, weight, bias), plain(x.double(), weight, bias).float())
+    inputs = draw((4, 6), torch.float64)
+    assert torch.autograd.gradcheck(layer_norm, inputs)
+
+
+def test_frozen_parameters_cost_no_gradients() -> None:
+    x, weight, bias = draw((40, 12))
+    expected = torch.autograd.grad(layer_norm(x, weight, bias).square().sum(), x)[0]
+    frozen = layer_norm(x, weight.detach(), bias.detach())
+    torch.testing.assert_close(torch.autograd.grad(frozen.square().sum(), x)[0], expected)
+    output = layer_norm(x.detach(), weight, bias.detach())
+    assert torch.autograd.grad(output.sum(), weight)[0].shape == (12,)
+
+
+def test_the_saved_statistics_are_what_they_say() -> None:
+    x = draw((2, 5, 64))[0].detach()
+    _, mean, rstd = torch.ops.glide_fast.layer_norm(x, torch.ones(64), torch.zeros(64), 1e-5)
+    torch.testing.assert_close(mean, x.mean(-1))
+    torch.testing.assert_close(rstd, (x.var(-1, unbiased=False) + 1e-5).rsqrt())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(()), r"give floating-point \[..., C\]"),
+        ("x", torch.zeros(2, 6, dtype=torch.long), "x is torch.int64"),
+        ("weight", torch.zeros(5), r"weight has shape \(5,\); x needs \[6\]"),
+        ("bias", torch.zeros(6, 1), "bias has shape"),
+        ("bias", torch.zeros(6, dtype=torch.float64), "one floating-point dtype"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, value: Tensor, message: str) -> None:
+    inputs = {"x": torch.zeros(2, 6), "weight": torch.zeros(6), "bias": torch.zeros(6), name: value}
+    with pytest.raises(ValueError, match=message):
+        layer_norm(**inputs)
