@@ -137,6 +137,7 @@ void convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalTen
     problem.bias = data(bias);
     problem.bias_stride = bias && bias->dim() == 2 ? bias->stride(0) : 0;
     problem.residual = data(residual);
+    problem.residual_halved = residual && residual->size(2) != problem.height;
     problem.output = mutable_data(output);
     convolve(problem);
 }

@@ -28,8 +28,9 @@ struct Convolution {
     const float* weight;           // [panels, (tile + 2)^2, C, PANEL]
     const float* bias;             // [K], [B, K] or null
     int64_t bias_stride;           // between pictures
-    const float* residual;         // [B, H, W, K] or null
-    float* output;                 // [B, H, W, K]
+    const float* residual;         // [B, H, W, K], or half of H and W where `residual_halved`, or null
+    bool residual_halved;
+    float* output;  // [B, H, W, K]
 
     int64_t positions() const { return (tile + 2) * (tile + 2); }
     int64_t tile_rows() const { return divide_up(height, tile); }  // of a picture

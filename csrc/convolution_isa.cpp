@@ -13,6 +13,7 @@ constexpr int64_t SPREAD =
 // Where a tile's pixels go.
 struct TileTarget {
     int64_t picture, rows, columns, corner;  // of the output, at the panel's first channel
+    int64_t residual_corner, residual_row;   // and of the residual
 
     TileTarget(const Convolution& problem, int64_t tile_row, int64_t tile_column, int64_t channel) {
         picture = tile_row / problem.tile_rows();
@@ -20,12 +21,18 @@ struct TileTarget {
         rows = smaller(problem.tile, problem.height - y);
         columns = smaller(problem.tile, problem.width - x);
         corner = ((picture * problem.height + y) * problem.width + x) * problem.out_channels + channel;
+        const int64_t shift = problem.residual_halved;
+        residual_row = (problem.width >> shift) * problem.out_channels;
+        residual_corner = (picture * (problem.height >> shift) + (y >> shift)) * residual_row +
+                          (x >> shift) * problem.out_channels + channel;
     }
 };
 
+enum class Residual { NONE, WHOLE, HALVED };
+
 // Products [positions, LANES] -> pixels of the output, with bias and residual. WHOLE: no pixel and no channel
 // is beyond the map.
-template <int64_t TILE, bool WHOLE, bool RESIDUAL>
+template <int64_t TILE, bool WHOLE, Residual RESIDUAL>
 void transform_tile(const Convolution& problem, const float* products, int64_t position_stride,
                     const TileTarget& target, int64_t lane, int64_t lanes, Vector bias) {
     constexpr int64_t SIZE = TILE + 2;
@@ -48,10 +55,20 @@ void transform_tile(const Convolution& problem, const float* products, int64_t p
             if (!WHOLE && (y >= target.rows || x >= target.columns)) continue;
             const int64_t at = target.corner + (y * problem.width + x) * problem.out_channels + lane;
             Vector value = result[y] + bias;
-            if (RESIDUAL) value += load_lanes<WHOLE>(problem.residual + at, lanes);
+            if (RESIDUAL != Residual::NONE) {
+                constexpr int64_t SHIFT = RESIDUAL == Residual::HALVED;
+                const int64_t from = target.residual_corner + (y >> SHIFT) * target.residual_row +
+                                     (x >> SHIFT) * problem.out_channels + lane;
+                value += load_lanes<WHOLE>(problem.residual + from, lanes);
+            }
             store_lanes<WHOLE>(problem.output + at, value, lanes);
         }
     }
+}
+
+template <int64_t TILE, Residual RESIDUAL>
+auto transform_of(bool whole) {
+    return whole ? transform_tile<TILE, true, RESIDUAL> : transform_tile<TILE, false, RESIDUAL>;
 }
 
 // Begin to load what the tile after the next one reads and writes.
@@ -62,7 +79,8 @@ void prefetch_tile(const Convolution& problem, const TileTarget& target) {
         for (int64_t x = 0; x < TILE; ++x)
             for (int64_t line = 0; line < PANEL; line += glide_fast::CACHE_LINE_FLOATS) {
                 const int64_t at = ahead + (y * problem.width + x) * problem.out_channels + line;
-                if (problem.residual != nullptr) __builtin_prefetch(problem.residual + at);
+                if (problem.residual != nullptr && !problem.residual_halved)
+                    __builtin_prefetch(problem.residual + at);
                 __builtin_prefetch(problem.output + at, 1);
             }
 }
@@ -78,10 +96,9 @@ void transform_panel(const Convolution& problem, const float* products, int64_t 
         if (problem.bias != nullptr)
             bias = load_first(problem.bias + target.picture * problem.bias_stride + channel + lane, lanes);
         const bool whole = lanes == LANES && target.rows == TILE && target.columns == TILE;
-        const auto transform =
-            problem.residual == nullptr
-                ? (whole ? transform_tile<TILE, true, false> : transform_tile<TILE, false, false>)
-                : (whole ? transform_tile<TILE, true, true> : transform_tile<TILE, false, true>);
+        const auto transform = problem.residual == nullptr ? transform_of<TILE, Residual::NONE>(whole)
+                               : problem.residual_halved   ? transform_of<TILE, Residual::HALVED>(whole)
+                                                           : transform_of<TILE, Residual::WHOLE>(whole);
         transform(problem, products + lane, position_stride, target, lane, lanes, bias);
     }
 }

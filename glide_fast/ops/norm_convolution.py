@@ -32,7 +32,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     y = reference.convolve(x, weight, common)
     if bias is not None and bias.ndim == 2:
         y = y + reference.per_channel(bias, x.ndim)
-    y = y if residual is None else y + residual
+    y = y if residual is None else y + reference.matched(residual, y)
     return y.contiguous(memory_format=reference.channels_last(x))
 
 
@@ -200,6 +200,12 @@ BACKWARD = define(
 )
 
 
+def _residual_gradient(grad: Tensor, space: torch.Size) -> Tensor:
+    if grad.shape[2:] == space:
+        return grad
+    return reference.resample_backward(grad, reference.RESAMPLE_UP, space)
+
+
 class _NormConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +216,7 @@ class _NormConvolution(torch.autograd.Function):
         )
         ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
         ctx.settings = groups, eps, mode
+        ctx.residual_space = None if residual is None else residual.shape[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         return output, mean, rstd
@@ -226,7 +233,8 @@ class _NormConvolution(torch.autograd.Function):
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
         grad_bias = gradients[6] if needs[9] else None
-        return None, *inner, None, None, None, grad_weight, grad_bias, grad if needs[10] else None
+        grad_residual = _residual_gradient(grad, ctx.residual_space) if needs[10] else None
+        return None, *inner, None, None, None, grad_weight, grad_bias, grad_residual
 
 
 def _autograd(keyset: Any, x: Tensor, skip: Tensor | None, *args: Any) -> Any:
@@ -265,7 +273,12 @@ def _check(
     if bias is not None and bias.shape not in (output[1:2], output[:2]):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; give [{output[1]}] or {list(output[:2])}")
     if residual is not None and residual.shape != output:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; the output's is {output}")
+        doubled = (*residual.shape[:2], *(2 * size for size in residual.shape[2:]))
+        if doubled != output:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}; the output's is {output}, give that or half of "
+                "each side"
+            )
     for name, each in (("skip", skip), ("weight", weight), ("bias", bias), ("residual", residual)):
         if each is not None and each.dtype is not x.dtype:
             raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
@@ -303,7 +316,7 @@ def norm_convolution(
         shift: [B, C + S], FiLM's summand.
         resample: what happens to each dimension of space before the convolution: "up" repeats every pixel,
             "down" averages pairs, "none".
-        residual: like the output, added to it.
+        residual: like the output, or half as large along each side and then doubled as by "up"; added to it.
 
     Returns:
         [B, K, *resampled space] in the dtype of x; maps and volumes are channels-last. Differentiable once.

@@ -30,6 +30,7 @@ class Case:
     film: bool = False
     resample: Resample = "none"
     residual: bool = False
+    halved: bool = False  # the residual
     bias: str = "shared"
     layout: Layout = "channels_last"
     kernel: int = 3
@@ -43,7 +44,7 @@ class Case:
             f"g{self.groups}",
             self.bias,
         ]
-        flags = [name for name in ("film", "residual") if getattr(self, name)]
+        flags = [name for name in ("film", "residual", "halved") if getattr(self, name)]
         return "-".join([*parts, self.resample, self.layout, f"k{self.kernel}", *flags])
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -70,6 +71,7 @@ class Case:
         if self.film:
             values["scale"], values["shift"] = (0.3 * draw(batch, 2 * wide)).chunk(2, dim=1)
         if self.residual:
+            factor = factor / 2 if self.halved else factor
             values["residual"] = draw(batch, self.out, *(int(size * factor) for size in space))
         return {name: value.to(dtype).detach().requires_grad_() for name, value in values.items()}
 
@@ -93,6 +95,8 @@ class Case:
         if self.bias != "none":
             bias = inputs["bias"]
             h = h + (bias if bias.ndim == 2 else bias[None])[spread]
+        if self.halved:
+            return h + F.interpolate(inputs["residual"], scale_factor=2, mode="nearest")
         return h + inputs["residual"] if self.residual else h
 
     def ours(self, inputs: Inputs) -> Tensor:

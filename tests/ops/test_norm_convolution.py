@@ -29,6 +29,10 @@ MAP_CASES = [
     for case in MAPS
     for resample, film, bias in SETTINGS
 ]
+HALVED_CASES = [replace(case, resample="up", residual=True, halved=True, film=True) for case in MAPS] + [
+    replace(MAPS[0], residual=True, halved=True),
+    Case(shape=(2, 8, 20), out=12, residual=True, halved=True),
+]
 OTHER_CASES = [
     *(
         replace(MAPS[0], layout=layout, skip=16)
@@ -45,7 +49,7 @@ OTHER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", MAP_CASES, ids=str)
+@pytest.mark.parametrize("case", [*MAP_CASES, *HALVED_CASES], ids=str)
 @pytest.mark.usefixtures("isa")
 def test_maps_are_exact_in_value_and_every_gradient(case: Case) -> None:
     assert_exact(case)
@@ -62,7 +66,9 @@ def test_the_maps_of_glide_base_are_exact(channels: int, size: int) -> None:
     assert_exact(case, factor=FACTOR, gradient_factor=FACTOR)
 
 
-@pytest.mark.parametrize("case", [MAPS[0], MAPS[2], OTHER_CASES[3], OTHER_CASES[-2]], ids=str)
+@pytest.mark.parametrize(
+    "case", [MAPS[0], MAPS[2], HALVED_CASES[1], OTHER_CASES[3], OTHER_CASES[-2]], ids=str
+)
 def test_float64_and_the_reference_agree(case: Case) -> None:
     actual = differentiate(case.ours, case.inputs(torch.float64))
     exact = differentiate(case.plain, case.inputs(torch.float64))
