@@ -178,7 +178,7 @@ def norm_convolution(
     mode: int,
     weight: Tensor,  # [K, C + S, *odd sizes]
     bias: Tensor | None,  # [K] or [B, K]
-    residual: Tensor | None,  # [B, K, *space]
+    residual: Tensor | None,  # [B, K, *space], or half as large along each side, doubled then
 ) -> tuple[Tensor, Tensor, Tensor]:
     """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G]."""
     dtype = compute_dtype(x.dtype)
@@ -189,9 +189,14 @@ def norm_convolution(
     else:
         x, mean, rstd = group_norm(x, norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
     y = convolve(x, weight.to(dtype))
-    for summand in (None if bias is None else per_channel(bias.to(dtype), x.ndim), residual):
-        y = y if summand is None else y + summand.to(dtype)
+    y = y if bias is None else y + per_channel(bias.to(dtype), x.ndim)
+    y = y if residual is None else y + matched(residual, y).to(dtype)
     return y.to(weight.dtype).contiguous(memory_format=channels_last(x)), mean, rstd
+
+
+def matched(residual: Tensor, y: Tensor) -> Tensor:
+    """A residual in y's size: itself, or doubled."""
+    return residual if residual.shape == y.shape else resample(residual, RESAMPLE_UP)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
