@@ -1,4 +1,4 @@
-"""What a person types: ``glide-fast sample | inpaint | vary | upscale | train | plan | evaluate | …``.
+"""What a person types: ``glide-fast sample | inpaint | vary | upscale | train | draw | judge | …``.
 
 A command is a dataclass whose fields are its options; ``run`` does the work. A user's mistake ends in one
 line on stderr and exit status 1 (2 where the command line itself is wrong), never in a traceback.
@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg, subcommand
 from glide_fast import doctor
 from glide_fast.cli.edit import Inpaint, Upscale, Vary
 from glide_fast.cli.files import Convert, Data, Models
-from glide_fast.cli.judge import Evaluate
+from glide_fast.cli.judge import Draw, Evaluate, Judge
 from glide_fast.cli.learn import Plan, Train
 from glide_fast.cli.sample import Sample
 from glide_fast.compat import run as compat
@@ -51,6 +51,8 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Draw, subcommand("draw")]
+    | Annotated[Judge, subcommand("judge")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Convert, subcommand("convert")]

@@ -1,15 +1,111 @@
-"""``glide-fast evaluate``: how good a model's pictures are."""
+"""``glide-fast draw``, ``judge`` and ``evaluate``: how good a model's pictures are."""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from glide_fast.cli.painter import Painter
+from glide_fast.cli.painter import EMOJI, Painter
+from glide_fast.data.emoji import load_emoji, split
 from glide_fast.evaluation import evaluate_emoji
+from glide_fast.files import replacing, sha256_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Paint many pictures for `glide-fast judge`, alone or as one of the processes of torchrun.
+
+    Stopped or killed at any moment, the same command goes on, with any number of processes; the pictures are
+    the same for any number.
+    """
+
+    number: Annotated[Positional[int], arg(metavar="N")]
+    """How many."""
+    out: Path
+    """Folder for the pictures."""
+    captions: str = EMOJI
+    """Their captions, in a random order: a text file with one a line, or "emoji", its training captions."""
+    size: int | None = None
+    """Pixels: the base model's size leaves the upsampler out. Default: the largest."""
+    seed: int = 0
+    """Seed of the first picture, and of the order."""
+    batch: int = 8
+    """Pictures painted at a time."""
+    painter: OmitArgPrefixes[Painter] = field(default_factory=Painter)
+
+    def run(self) -> None:
+        from glide_fast.evaluation.drawing import DrawingPlan, draw
+        from glide_fast.training.distributed import joined
+
+        captions = self._captions()
+        model = self.painter.load(self.size)
+        made_by = {
+            **asdict(replace(self.painter, model="", upsampler=None)),
+            "guidance": self.painter.scale(model),
+            "size": model.size,
+            "model_sha256": [sha256_of(path) for path in self.painter.files()],
+        }
+        plan = DrawingPlan(
+            number=self.number, captions=captions, seed=self.seed, batch=self.batch, made_by=made_by
+        )
+        with joined() as world:
+            for stage in (model.base, model.upsampler):
+                if stage is not None:
+                    stage.network.to(world.device)
+            paint = partial(self.painter.paint, model)
+            draw(paint, plan, self.out, world, progress=world.rank == 0 and sys.stderr.isatty())
+            if world.rank == 0:
+                print(f"{self.number} pictures in {self.out}")
+
+    def _captions(self) -> list[str]:
+        if self.captions == EMOJI:
+            training, _ = split(load_emoji(32))
+            return training.captions
+        path = Path(self.captions)
+        if not path.is_file():
+            raise FileNotFoundError(f"captions {self.captions!r} are neither {EMOJI!r} nor a text file")
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Say how good and how varied pictures are, compared with others, and how well they show their captions.
+
+    Features are computed once and kept in the cache folder.
+    """
+
+    samples: Annotated[Positional[str], arg(metavar="SAMPLES")]
+    """A folder that `glide-fast draw` wrote, an .npz with the pictures as arr_0, or a folder of pictures."""
+    reference: str
+    """What they should be like: as SAMPLES, "emoji", or an .npz with statistics, as OpenAI's."""
+    features: str = EMOJI
+    """Who looks: "emoji" (the embedded judge), "inception", a CLIP such as clip-vit-b-32, or its file."""
+    clip: str | None = None
+    """Who compares pictures with captions, if not the same: "emoji", a CLIP, or its file."""
+    out: Path | None = None
+    """A file for the numbers, as JSON."""
+
+    def run(self) -> None:
+        from glide_fast.evaluation.cache import cached
+        from glide_fast.evaluation.extractors import find_extractor
+        from glide_fast.evaluation.judgement import judge
+        from glide_fast.evaluation.pictures import read_pictures
+
+        samples = read_pictures(self.samples)
+        reference = read_pictures(self.reference, size=samples.size)
+        extractor = cached(find_extractor(self.features))
+        clip = None if self.clip is None else cached(find_extractor(self.clip))
+        found = judge(samples, reference, extractor, clip=clip, progress=sys.stderr.isatty())
+        print(found)
+        if self.out is not None:
+            with replacing(self.out) as temporary:
+                temporary.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)

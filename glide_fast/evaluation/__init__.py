@@ -1,7 +1,12 @@
 """Judging pictures: do they show what their captions say, and are they as good and as varied as the data?"""
 
 from glide_fast.evaluation.emoji import EmojiReport, evaluate_emoji
-from glide_fast.evaluation.features import FeatureFunction, clip_features, spatial_features
+from glide_fast.evaluation.features import (
+    FeatureFunction,
+    clip_captions,
+    clip_features,
+    spatial_features,
+)
 from glide_fast.evaluation.metrics import (
     Estimate,
     clip_score,
@@ -27,6 +32,7 @@ __all__ = [
     "Overlap",
     "Reference",
     "Score",
+    "clip_captions",
     "clip_features",
     "clip_score",
     "evaluate_emoji",

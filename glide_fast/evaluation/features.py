@@ -5,17 +5,21 @@ Any callable from pictures to features will do; ours are the embeddings of a CLI
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from glide_fast.data.images import to_tensor
 from glide_fast.models.clip import CLIP
+from glide_fast.models.noisy_clip import NoisyCLIP
 from glide_fast.sampling.gradients import clip_pixels
+from glide_fast.text.framing import framed
 
 Features: TypeAlias = NDArray[np.float64]  # [N, D]
 FeatureFunction: TypeAlias = Callable[
@@ -25,11 +29,12 @@ FeatureFunction: TypeAlias = Callable[
 OPENAI_SPATIAL_CHANNELS = 7
 
 
-def clip_features(clip: CLIP, *, batch: int = 64, progress: bool = False) -> FeatureFunction:
+def clip_features(clip: CLIP | NoisyCLIP, *, batch: int = 64, progress: bool = False) -> FeatureFunction:
     """The embeddings of a CLIP's picture tower: uint8 [N, H, W, 3] -> float32 [N, embedding], of any length.
 
-    Square pictures of any size are resized to CLIP's with an antialiased bicubic filter, and read ``batch``
-    at a time on the device of the weights. The function made raises ValueError for other pictures.
+    Square pictures of any size are resized to CLIP's with an antialiased bicubic filter (to a noise-aware
+    CLIP's, which reads them at timestep 0, by averaging where they are larger), and read ``batch`` at a time
+    on the device of the weights. The function made raises ValueError for other pictures.
 
     Raises:
         ValueError: ``batch`` is not positive.
@@ -40,7 +45,7 @@ def clip_features(clip: CLIP, *, batch: int = 64, progress: bool = False) -> Fea
     @torch.inference_mode()
     def features(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         _check_pictures(pictures)
-        device, was_training = clip.logit_scale.device, clip.training
+        device, was_training = next(clip.parameters()).device, clip.training
         found = np.empty((len(pictures), clip.config.embedding), dtype=np.float32)
         clip.eval()
         try:
@@ -48,13 +53,29 @@ def clip_features(clip: CLIP, *, batch: int = 64, progress: bool = False) -> Fea
                 range(0, len(pictures), batch), desc="features", unit="batch", disable=not progress
             ):
                 part = to_tensor(pictures[start : start + batch]).to(device)
-                embeddings = clip.encode_image(clip_pixels(part, clip.config.image_size))
-                found[start : start + batch] = embeddings.float().cpu().numpy()
+                found[start : start + batch] = _embeddings(clip, part).float().cpu().numpy()
         finally:
             clip.train(was_training)
         return found
 
     return features
+
+
+@torch.inference_mode()
+def clip_captions(clip: CLIP | NoisyCLIP, captions: Sequence[str], *, batch: int = 64) -> NDArray[np.float32]:
+    """The embeddings of a CLIP's text tower: float32 [M, embedding], of any length."""
+    tokenizer = clip.config.tokenizer if isinstance(clip, NoisyCLIP) else "clip"
+    device = next(clip.parameters()).device
+    found = np.empty((len(captions), clip.config.embedding), dtype=np.float32)
+    for start in range(0, len(captions), batch):
+        framed_part = framed(tokenizer, captions[start : start + batch], clip.config.context)
+        tokens, lengths = (part.to(device) for part in framed_part)
+        if isinstance(clip, NoisyCLIP):
+            embeddings = clip.text_encoder(tokens, lengths)
+        else:
+            embeddings = clip.encode_text(tokens)
+        found[start : start + batch] = embeddings.float().cpu().numpy()
+    return found
 
 
 def spatial_features(maps: ArrayLike, *, channels: int = OPENAI_SPATIAL_CHANNELS) -> Features:
@@ -101,6 +122,20 @@ def check_widths(first: int, first_name: str, second: int, second_name: str) -> 
             f"{first_name} have {first} features and {second_name} {second}; "
             "take both from the same feature function"
         )
+
+
+def _embeddings(clip: CLIP | NoisyCLIP, pictures: Tensor) -> Tensor:
+    """Of pictures [B, 3, H, W] in [-1, 1]: [B, embedding]."""
+    size = clip.config.image_size
+    if isinstance(clip, CLIP):
+        return clip.encode_image(clip_pixels(pictures, size))
+    if pictures.shape[-1] >= size:
+        pictures = F.adaptive_avg_pool2d(pictures, size)
+    else:
+        pictures = F.interpolate(pictures, size=(size, size), mode="bicubic")
+    clean = torch.zeros(len(pictures), dtype=torch.int64, device=pictures.device)
+    embeddings: Tensor = clip.image_encoder(pictures, clean if clip.config.timesteps else None)
+    return embeddings
 
 
 def _check_pictures(pictures: NDArray[np.uint8]) -> None:
