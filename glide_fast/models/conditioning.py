@@ -34,11 +34,13 @@ class TextConfig:
 class TextEncoding(NamedTuple):
     """A prompt as the U-Net reads it.
 
-    ``pooled`` [B, E] joins the timestep embedding, ``sequence`` [B, S, width] the attention.
+    ``pooled`` [B, E] joins the timestep embedding, ``sequence`` [B, S, width] the attention; ``projections``,
+    where there are any, are the keys and values [B, S, 2·C] that each attention block makes of the sequence.
     """
 
     pooled: Tensor
     sequence: Tensor
+    projections: tuple[Tensor, ...] = ()
 
 
 class MaskedImage(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -30,22 +31,39 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_
     """Sinusoids of timesteps, cosines first: [B] -> [B, channels] float32 (Attention Is All You Need, 3.5).
 
     The frequency table is computed in float32 on the CPU, whatever the device: a last-bit difference in
-    ``exp`` is multiplied by the timestep.
+    ``exp`` is multiplied by the timestep. Devices keep their copy, so that a step moves nothing to them.
     """
-    half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32) / half
-    frequencies = torch.exp(-math.log(max_period) * exponents).to(timesteps.device)
-    angles = timesteps[:, None].float() * frequencies[None]
+    table = _frequencies
+    if timesteps.device.type != "cpu" and type(timesteps) is Tensor and not torch.compiler.is_compiling():
+        table = _kept_frequencies
+    angles = timesteps[:, None].float() * table(channels // 2, max_period, timesteps.device)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return F.pad(embedding, (0, channels % 2))
+
+
+def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(half, dtype=torch.float32) / half
+    return torch.exp(-math.log(max_period) * exponents).to(device)
+
+
+@functools.cache
+def _kept_frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):  # a copy made while sampling must remain usable in training
+        return _frequencies(half, max_period, device)
 
 
 class Linear(nn.Linear):
     """``nn.Linear`` whose weights follow the dtype of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(
+        self,
+        x: Tensor,  # [..., in]
+        *,
+        activation: ops.LinearActivation = "none",
+        residual: Tensor | None = None,  # [..., out]
+    ) -> Tensor:  # [..., out]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight.to(x.dtype), bias, activation=activation, residual=residual)
 
 
 class _FollowsInput(nn.modules.conv._ConvNd):
@@ -132,7 +150,7 @@ def activated_convolution(
     shift: Tensor | None = None,  # [B, out]
     film: tuple[Tensor, Tensor] | None = None,  # [B, C + S] each
     resample: Resample = "none",
-    residual: Tensor | None = None,  # [B, out, *resampled space]
+    residual: Tensor | None = None,  # [B, out, *resampled space], or half as large along each side
 ) -> Tensor:
     """GroupNorm of x and ``skip``, FiLM, SiLU, resampling, convolution; ``shift`` and ``residual`` are added.
 
@@ -149,7 +167,7 @@ def activated_convolution(
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
-        return h if residual is None else h + residual
+        return h if residual is None else h + _matched(residual, h)
     own: Any = convolution
     bias = own.bias.to(x.dtype)
     return ops.norm_convolution(
@@ -165,6 +183,10 @@ def activated_convolution(
         resample=resample,
         residual=residual,
     )
+
+
+def _matched(residual: Tensor, h: Tensor) -> Tensor:
+    return residual if residual.shape[2:] == h.shape[2:] else resample_nearest(residual, "up")
 
 
 def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
@@ -258,14 +280,18 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else convolution(channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor | Mapping[nn.Module, Tensor], skip: Tensor | None = None
+    ) -> Tensor:
         """x [B, C, H, W], embedding [B or 1, E] with its SiLU already applied -> [B, out, H', W'].
 
+        The embedding may come as what each block projects it to, this one's [B or 1, modulation] among them.
         ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
         """
         if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
             x, skip = torch.cat([x, skip], dim=1), None
-        modulation = self.emb_layers["1"](embedding).to(x.dtype).expand(len(x), -1)
+        projected = embedding[self] if isinstance(embedding, Mapping) else self.emb_layers["1"](embedding)
+        modulation = projected.to(x.dtype).expand(len(x), -1)
         film = modulation.chunk(2, dim=1) if self.scale_shift_norm else None
         h = activated_convolution(
             self.in_layers["0"],
@@ -280,12 +306,14 @@ class ResBlock(nn.Module):
         if dropout.p and self.training:
             scale, shift = (None, None) if film is None else film
             h = dropout(norm(h, scale=scale, shift=shift, activation="silu"))
-            return residual + convolution(h)  # type: ignore[no-any-return]
+            return _matched(residual, h) + convolution(h)  # type: ignore[no-any-return]
         return activated_convolution(norm, convolution, h, film=film, residual=residual)
 
     def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """The other path. A map that is to be doubled stays small; a pixel's copies are what is added."""
         layer = self.skip_connection
-        x = resample_nearest(x, self.resample)
+        if self.resample != "up" or x.dim() == 5:
+            x = resample_nearest(x, self.resample)
         if type(layer) is Conv2d and layer.kernel_size == (1, 1):
             tokens = pixels_as_tokens(x)
             second = None if skip is None else pixels_as_tokens(skip)
@@ -324,19 +352,24 @@ class AttentionBlock(nn.Module):
         self.encoder_kv = None if text_channels is None else PointwiseConv(text_channels, 2 * channels)
         self.proj_out = zeroed(PointwiseConv(channels, channels))
 
-    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], text [B, S, text_channels] -> [B, C, H, W]."""
+    def forward(self, x: Tensor, text: Tensor | Mapping[nn.Module, Tensor] | None = None) -> Tensor:
+        """x [B, C, H, W], text [B, S, text_channels] -> [B, C, H, W].
+
+        The text may come as what each block projects it to, this block's [B, S, 2·C] among them.
+        """
         tokens = pixels_as_tokens(self.norm(x))
         query, key, value = self._split(self.qkv(tokens), 3)
         text_key = text_value = None
         if self.encoder_kv is not None and text is not None:
-            projection = packed.projected(
-                self.encoder_kv.weight, text, functools.partial(self.encoder_kv, text)
-            )
-            text_key, text_value = self._split(projection, 2)
+            text_key, text_value = self._split(self._projected(self.encoder_kv, text), 2)
         attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
         y: Tensor = self.proj_out(attended.flatten(2), residual=pixels_as_tokens(x))
         return y.transpose(1, 2).view_as(x)
+
+    def _projected(self, layer: PointwiseConv, text: Tensor | Mapping[nn.Module, Tensor]) -> Tensor:
+        if isinstance(text, Mapping):
+            return text[self]
+        return packed.projected(layer.weight, text, functools.partial(layer, text))
 
     def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, T, N·parts·D] -> ``parts`` views [B, T, N, D], laid out by head or by part."""

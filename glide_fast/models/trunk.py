@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ from glide_fast.models.layers import (
     Upsample,
     timestep_embedding,
 )
+from glide_fast.models.modulation import modulations
 
+Given: TypeAlias = Tensor | Mapping[nn.Module, Tensor]
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -77,20 +80,19 @@ class UNetConfig:
 class Stage(nn.ModuleList):
     """Layers applied in order, each given what it needs besides the activations.
 
+    Embedding and text are either themselves or what each block projects them to.
     ``skip`` is more of the input, [B, S, *space], which the first layer, a residual block, takes beside x.
     With ``recompute`` their activations are not kept for the backward pass but computed again in it.
     """
 
     recompute = False
 
-    def forward(
-        self, x: Tensor, embedding: Tensor, text: Tensor | None, skip: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, embedding: Given, text: Given | None, skip: Tensor | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layers, x, embedding, text, skip, use_reentrant=False)  # type: ignore[no-any-return]
         return self._layers(x, embedding, text, skip)
 
-    def _layers(self, x: Tensor, embedding: Tensor, text: Tensor | None, skip: Tensor | None) -> Tensor:
+    def _layers(self, x: Tensor, embedding: Given, text: Given | None, skip: Tensor | None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding, skip)
@@ -145,7 +147,17 @@ class Trunk(TextConditioned):
         embedding = self.time_embed(embedding)
         return embedding if labels is None else embedding + self.label_emb(labels)  # type: ignore[no-any-return]
 
-    def encode(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> list[Tensor]:
+    def modulations(self, embedding: Tensor) -> Given:
+        """What the blocks are given of the embedding [B or 1, E] with its SiLU applied."""
+        blocks = [layer for stage in self.stages() for layer in stage if isinstance(layer, ResBlock)]
+        return modulations(blocks, embedding, self.compute_dtype)
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage in the order in which they compute."""
+        for part in (self.input_blocks, [self.middle_block], getattr(self, "output_blocks", ())):
+            yield from part
+
+    def encode(self, x: Tensor, embedding: Given, text: Given | None = None) -> list[Tensor]:
         """Every map of the encoder, then that of the middle; ``embedding`` with its SiLU applied."""
         layout = _CHANNELS_LAST.get(self.config.dims, torch.contiguous_format)
         h = x.to(self.compute_dtype).contiguous(memory_format=layout)

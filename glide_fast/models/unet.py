@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
-from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, activated_convolution, zeroed
-from glide_fast.models.trunk import Trunk, UNetConfig
+from glide_fast.models.layers import (
+    CONVOLUTIONS,
+    AttentionBlock,
+    GroupNorm,
+    activated_convolution,
+    zeroed,
+)
+from glide_fast.models.trunk import Given, Trunk, UNetConfig
 
 
 class OutputLayers(nn.ModuleDict):
@@ -62,7 +68,14 @@ class UNet(Trunk):
         """Encode tokens [B, S] (mask [B, S]: true where a token is) once, for any number of steps."""
         if self.config.text is None:
             raise ValueError("this model is not conditioned on text; leave tokens out")
-        return self.encode_text(tokens, mask, self.compute_dtype)
+        text = self.encode_text(tokens, mask, self.compute_dtype)
+        if torch.is_grad_enabled() or tokens.device.type == "cpu":  # the CPU's packed weights keep theirs
+            return text
+        return text._replace(projections=self.projections(text.sequence))
+
+    def projections(self, sequence: Tensor) -> tuple[Tensor, ...]:
+        """What the attention blocks read of an encoded text [B, S, width]: [B, S, 2·C] each."""
+        return tuple(block.encoder_kv(sequence) for block in self._readers() if block.encoder_kv is not None)
 
     def forward(
         self,
@@ -101,7 +114,7 @@ class UNet(Trunk):
         if text is not None:
             embedding = embedding + text.pooled.to(embedding.dtype)
         h = self._input(x, low_res, known)
-        h = self._body(h, F.silu(embedding), None if text is None else text.sequence)
+        h = self._body(h, self.modulations(F.silu(embedding)), self._read(text))
         out: Tensor = self.out(h.to(x.dtype))
         return out.contiguous()
 
@@ -113,7 +126,20 @@ class UNet(Trunk):
             pictures.append(low_res_channels(x, low_res))
         return torch.cat(pictures, dim=1)
 
-    def _body(self, h: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
+    def _read(self, text: TextEncoding | None) -> Given | None:
+        """What the blocks are given of the text."""
+        if text is None or not text.projections:
+            return None if text is None else text.sequence
+        return dict(zip(self._readers(), text.projections, strict=True))
+
+    def _readers(self) -> list[AttentionBlock]:
+        """The blocks that read the text."""
+        layers = (layer for stage in self.stages() for layer in stage)
+        return [
+            layer for layer in layers if isinstance(layer, AttentionBlock) and layer.encoder_kv is not None
+        ]
+
+    def _body(self, h: Tensor, embedding: Given, text: Given | None) -> Tensor:
         *skips, h = self.encode(h, embedding, text)
         for stage in self.output_blocks:
             h = stage(h, embedding, text, skips.pop())
