@@ -6,6 +6,8 @@ compute one after the other, with the same roundings: the same pictures, in one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,19 +20,25 @@ _DEVIATIONS: dict[VarianceType, Deviation] = {"learned": "learned", "learned_ran
 
 def ddpm_rule(diffusion: GaussianDiffusion, *, clip: bool, device: torch.device) -> StepRule:
     """The ancestral step (arXiv 2006.11239, algorithm 2), with the variance of the model."""
-    columns = _guess(diffusion) | {
-        "mean_start": _column(diffusion, "posterior_mean_coef1"),
-        "mean_direction": _column(diffusion, "posterior_mean_coef2"),
-    }
-    if diffusion.learns_variance:
-        columns["low"] = _column(diffusion, "posterior_log_variance_clipped")
-        columns["high"] = _column(diffusion, "log_betas")
-    else:
-        large = diffusion.variance_type == "fixed_large"
-        log_variance: TableName = "fixed_large_log_variance" if large else "posterior_log_variance_clipped"
-        columns["low"] = torch.exp(0.5 * _column(diffusion, log_variance))
+
+    def columns() -> dict[str, Tensor]:
+        found = _guess(diffusion) | {
+            "mean_start": _column(diffusion, "posterior_mean_coef1"),
+            "mean_direction": _column(diffusion, "posterior_mean_coef2"),
+        }
+        if diffusion.learns_variance:
+            found["low"] = _column(diffusion, "posterior_log_variance_clipped")
+            found["high"] = _column(diffusion, "log_betas")
+        else:
+            large = diffusion.variance_type == "fixed_large"
+            log_variance: TableName = (
+                "fixed_large_log_variance" if large else "posterior_log_variance_clipped"
+            )
+            found["low"] = torch.exp(0.5 * _column(diffusion, log_variance))
+        return found
+
     return StepRule(
-        table=_table(columns, device),
+        table=_table(diffusion, ("ddpm", diffusion.variance_type), columns, device),
         deviation=_DEVIATIONS.get(diffusion.variance_type, "table"),
         direction="output" if diffusion.mean_type == "previous_x" else "x",
         clip=clip,
@@ -39,37 +47,41 @@ def ddpm_rule(diffusion: GaussianDiffusion, *, clip: bool, device: torch.device)
 
 def ddim_rule(diffusion: GaussianDiffusion, eta: float, *, clip: bool, device: torch.device) -> StepRule:
     """The step of :meth:`GaussianDiffusion.ddim_step` (arXiv 2010.02502, equation 12)."""
-    one, t = _ones(diffusion)
-    # Linear in the guess of x_0 and in the noise: each one's factor is what comes out where the other is 0.
-    mean_start, sigma = diffusion.ddim_step(one, 0 * one, t, eta)
-    mean_noise, _ = diffusion.ddim_step(0 * one, one, t, eta)
-    return _implicit(diffusion, mean_start, mean_noise, sigma, clip, device)
+
+    def columns() -> dict[str, Tensor]:
+        one, t = _ones(diffusion)
+        # Linear in the guess of x_0 and in the noise: each factor comes out where the other is 0.
+        mean_start, sigma = diffusion.ddim_step(one, 0 * one, t, eta)
+        mean_noise, _ = diffusion.ddim_step(0 * one, one, t, eta)
+        return _implicit(diffusion, mean_start, mean_noise, sigma)
+
+    table = _table(diffusion, ("ddim", eta), columns, device)
+    return StepRule(table=table, deviation="table", direction="noise", clip=clip)
 
 
 def ddim_encode_rule(diffusion: GaussianDiffusion, *, clip: bool, device: torch.device) -> StepRule:
     """The step of :meth:`GaussianDiffusion.ddim_step_to_noise` (arXiv 2010.02502, section 4.3)."""
-    one, t = _ones(diffusion)
-    mean_start = diffusion.ddim_step_to_noise(one, 0 * one, t)
-    mean_noise = diffusion.ddim_step_to_noise(0 * one, one, t)
-    return _implicit(diffusion, mean_start, mean_noise, 0 * one, clip, device)
+
+    def columns() -> dict[str, Tensor]:
+        one, t = _ones(diffusion)
+        mean_start = diffusion.ddim_step_to_noise(one, 0 * one, t)
+        mean_noise = diffusion.ddim_step_to_noise(0 * one, one, t)
+        return _implicit(diffusion, mean_start, mean_noise, 0 * one)
+
+    table = _table(diffusion, ("ddim_encode",), columns, device)
+    return StepRule(table=table, deviation="table", direction="noise", clip=clip)
 
 
 def _implicit(
-    diffusion: GaussianDiffusion,
-    mean_start: Tensor,
-    mean_noise: Tensor,
-    sigma: Tensor,
-    clip: bool,
-    device: torch.device,
-) -> StepRule:
-    columns = _guess(diffusion) | {
+    diffusion: GaussianDiffusion, mean_start: Tensor, mean_noise: Tensor, sigma: Tensor
+) -> dict[str, Tensor]:
+    return _guess(diffusion) | {
         "mean_start": mean_start,
         "mean_direction": mean_noise,
         "noise_x": _column(diffusion, "sqrt_recip_alphas_cumprod"),
         "noise_start": _column(diffusion, "sqrt_recipm1_alphas_cumprod"),
         "low": sigma,
     }
-    return StepRule(table=_table(columns, device), deviation="table", direction="noise", clip=clip)
 
 
 def _guess(diffusion: GaussianDiffusion) -> dict[str, Tensor]:
@@ -98,6 +110,17 @@ def _column(diffusion: GaussianDiffusion, name: TableName) -> Tensor:
     return diffusion.schedule.at(name, t, one)
 
 
-def _table(columns: dict[str, Tensor], device: torch.device) -> Tensor:
-    absent = torch.zeros_like(columns["guess_output"])
-    return torch.cat([columns.get(name, absent) for name in COLUMNS], dim=1).to(device)
+def _table(
+    diffusion: GaussianDiffusion,
+    name: tuple[object, ...],
+    columns: Callable[[], dict[str, Tensor]],
+    device: torch.device,
+) -> Tensor:
+    """The table [T, 8] on the device, which the schedule keeps."""
+
+    def make() -> Tensor:
+        found = columns()
+        absent = torch.zeros_like(found["guess_output"])
+        return torch.cat([found.get(column, absent) for column in COLUMNS], dim=1)
+
+    return diffusion.schedule.kept((diffusion.mean_type, *name), device, make)

@@ -6,7 +6,7 @@ respacing: Improved DDPM (arXiv 2102.09672).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -174,7 +174,9 @@ class Schedule:
     betas: FloatTable
     timestep_map: IntTable
     original_steps: int
-    _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tensors: dict[tuple[Hashable, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) < 2:
@@ -252,15 +254,21 @@ class Schedule:
             original_steps=self.original_steps,
         )
 
-    def _tensor(self, table: str, device: torch.device) -> Tensor:
-        key = (table, device)
+    def kept(self, name: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, on the device: made once, and there as long as this schedule."""
+        key = (name, device)
         if key not in self._tensors:
-            values = getattr(self, table)
             # A copy made while sampling must remain usable in training.
             with torch.inference_mode(mode=False):
-                copy = torch.from_numpy(values if values.dtype == np.int64 else values.astype(np.float32))
-                self._tensors[key] = copy.to(device)
+                self._tensors[key] = make().to(device)
         return self._tensors[key]
+
+    def _tensor(self, table: str, device: torch.device) -> Tensor:
+        def make() -> Tensor:
+            values = getattr(self, table)
+            return torch.from_numpy(values if values.dtype == np.int64 else values.astype(np.float32))
+
+        return self.kept(table, device, make)
 
     @cached_property
     def alphas_cumprod(self) -> FloatTable:

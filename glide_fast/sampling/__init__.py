@@ -1,12 +1,21 @@
 """From noise to pictures: denoisers, noise sources, guidance, samplers, inpainting and variations."""
 
-from glide_fast.sampling.denoiser import Denoiser, NoiseSource, PerImageNoise, global_noise, initial_noise
+from glide_fast.sampling.denoiser import (
+    Conditioned,
+    Denoiser,
+    NoiseSource,
+    PerImageNoise,
+    global_noise,
+    initial_noise,
+)
 from glide_fast.sampling.gradients import (
     classifier_gradient,
     clip_gradient,
     gradient_of,
     noisy_clip_gradient,
 )
+from glide_fast.sampling.graph import Graphs
+from glide_fast.sampling.graph_cuda import SHARED as SHARED_GRAPHS
 from glide_fast.sampling.guidance import along_gradient, classifier_free, within
 from glide_fast.sampling.img2img import start_from
 from glide_fast.sampling.inpainting import keep_known
@@ -24,7 +33,10 @@ from glide_fast.sampling.solvers import dpm_solver, dpm_solver_sde, heun, plms, 
 
 __all__ = [
     "SAMPLERS",
+    "SHARED_GRAPHS",
+    "Conditioned",
     "Denoiser",
+    "Graphs",
     "NoiseSource",
     "PerImageNoise",
     "Sampler",

@@ -6,27 +6,36 @@ classifier and of CLIP). The two diffusions below push along a gradient in the p
 samplers do, after the guess of x_0 was clipped, and give their pictures.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glide_fast.diffusion.process import DenoisedFunction, GaussianDiffusion, Prediction
 from glide_fast.sampling.denoiser import Denoiser
+from glide_fast.sampling.graph import Capturable, capturable
 
 GradientFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 MAX_GUIDANCE_SCALE = 100.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassifierFree:
-    """A guided denoiser, as :func:`classifier_free` makes it; samplers may mix its two halves themselves."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassifierFree(Capturable):
+    """A guided denoiser, as :func:`classifier_free` makes it; samplers may mix its two halves themselves.
+
+    A graph holds it with both numbers on the device, where they can change.
+    """
 
     denoise: Denoiser  # on 2B rows
-    scale: float
-    rescale: float
+    scale: float | Tensor
+    rescale: float | Tensor
+
+    @property
+    def rescales(self) -> bool:
+        """Whether any contrast is taken back."""
+        return isinstance(self.rescale, Tensor) or self.rescale > 0
 
     def halves(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """The output for B conditional rows and B unconditional ones after them, [2B, C or 2C, H, W]."""
@@ -38,10 +47,30 @@ class ClassifierFree:
         channels = x.shape[1]
         epsilon = unconditional[:, :channels]
         mixed = epsilon + self.scale * (conditional[:, :channels] - epsilon)
-        if self.rescale:
+        if self.rescales:
             ratio = _deviation(conditional[:, :channels]) / _deviation(mixed)
             mixed = mixed * (1 - self.rescale + self.rescale * ratio)
         return torch.cat([mixed, conditional[:, channels:]], dim=1)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return capturable(self.denoise).networks
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        numbers = (self.scale, self.rescale) if self.rescales else (self.scale,)
+        own = (torch.as_tensor(number, dtype=torch.float32) for number in numbers)
+        return *own, *capturable(self.denoise).inputs
+
+    @property
+    def recipe(self) -> Hashable:
+        return type(self), self.rescales, capturable(self.denoise).recipe
+
+    def reading(self, inputs: Sequence[Tensor]) -> "ClassifierFree":
+        denoise: Any = capturable(self.denoise)
+        if not self.rescales:
+            return replace(self, scale=inputs[0], denoise=denoise.reading(inputs[1:]))
+        return replace(self, scale=inputs[0], rescale=inputs[1], denoise=denoise.reading(inputs[2:]))
 
 
 def classifier_free(denoise: Denoiser, scale: float, *, rescale: float = 0.0) -> ClassifierFree:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from glide_fast.data.images import to_uint8
 from glide_fast.diffusion import GaussianDiffusion, Schedule
 from glide_fast.models import LoadedModel, MaskedImage, ModelConfig, load_model
 from glide_fast.models.kept import keep_if_it_fits
-from glide_fast.sampling.denoiser import Denoiser, NoiseSource, PerImageNoise, initial_noise
+from glide_fast.sampling.denoiser import Conditioned, Denoiser, NoiseSource, PerImageNoise, initial_noise
+from glide_fast.sampling.graph_cuda import Choice, shared_graphs
 from glide_fast.sampling.guidance import classifier_free
 from glide_fast.sampling.img2img import start_from
 from glide_fast.sampling.inpainting import keep_known
@@ -49,6 +51,9 @@ class StageOptions:
     steps of its schedule, or a respacing such as "fast27" or "10,15,20"; ``guidance`` 1 is the plain
     conditional model, 0 ignores the prompt, None is the model's usual scale, and ``rescale`` takes back that
     share of the contrast it adds; ``temperature`` scales the first noise.
+
+    ``graph`` is what a CUDA graph holds, on a device that has them: a "step"; the whole "loop", which is
+    faster for small models, costs memory for all the noise and is made for each number of steps; or "off".
     """
 
     sampler: str = "ddim"
@@ -57,6 +62,7 @@ class StageOptions:
     guidance: float | None = None
     rescale: float = 0.0
     temperature: float = 1.0
+    graph: Choice = "step"
 
     def diffusion(self, config: ModelConfig) -> GaussianDiffusion:
         """The model's schedule, respaced to these steps.
@@ -69,13 +75,18 @@ class StageOptions:
             if not 2 <= steps <= config.steps:
                 raise ValueError(f"steps {steps} must lie in 2 .. {config.steps}; 25 to 100 is usual")
             steps = f"ddim{steps}" if config.steps % steps == 0 else str(steps)
-        schedule = Schedule.create(config.schedule, config.steps, steps)
         return GaussianDiffusion(
-            schedule=schedule,
+            schedule=_schedule(config.schedule, config.steps, steps),
             mean_type=config.prediction,
             variance_type=config.variance,
             rescale_timesteps=config.rescale_timesteps,
         )
+
+
+@lru_cache(maxsize=32)
+def _schedule(name: str, steps: int, respacing: str) -> Schedule:
+    """One object for equal options, so that its tables are made, and moved to a device, once."""
+    return Schedule.create(name, steps, respacing)
 
 
 BASE_OPTIONS = StageOptions()
@@ -106,7 +117,6 @@ def sample_stage(
         ValueError: an option is out of range, or the model has no text.
     """
     model, config = stage
-    keep_if_it_fits(model)
     if config.unet.text is None:
         raise ValueError("this model is not conditioned on text, so a prompt cannot be painted with it")
     sampler = find_sampler(options.sampler)
@@ -116,18 +126,21 @@ def sample_stage(
     texts = [*prompts, *[""] * (len(prompts) * (copies - 1))]
     words = get_tokenizer(config.unet.text.tokenizer).batch(texts, config.unet.text.context)
     device = next(model.parameters()).device
+    graphs = shared_graphs(options.graph, device)
+    if graphs is None:
+        keep_if_it_fits(model)
     with torch.inference_mode():
         text = model.text(words.tokens.to(device), words.mask.to(device))
     if low_res is not None:
         low_res = low_res.to(device).repeat(copies, 1, 1, 1)
+    if known is not None:
+        known = MaskedImage(*(part.to(device) for part in known))
     seen = _repeat(known, len(texts)) if known is not None and config.unet.inpaint else None
-
-    def denoise(x: Tensor, timesteps: Tensor) -> Tensor:
-        return model(x, timesteps, text=text, low_res=low_res, known=seen)  # type: ignore[no-any-return]
-
-    denoiser: Denoiser = (
-        denoise if copies == 1 else classifier_free(denoise, guidance, rescale=options.rescale)
+    denoise: Denoiser = Conditioned(
+        network=model, conditions={"text": text, "low_res": low_res, "known": seen}
     )
+    if copies == 2:
+        denoise = classifier_free(denoise, guidance, rescale=options.rescale)
     shape = (len(prompts), config.unet.image_channels, config.unet.image_size, config.unet.image_size)
     if start is None:
         x = initial_noise(noise, shape, device=device, temperature=options.temperature)
@@ -135,8 +148,16 @@ def sample_stage(
         x, diffusion = start_from(
             start.image.to(device).expand(shape), diffusion, start.strength, noise=noise
         )
-    keep = None if known is None else keep_known(*known)
-    return sampler(denoiser, x, diffusion, noise=noise, eta=options.eta, denoised_fn=keep, progress=progress)
+    return sampler(
+        denoise,
+        x,
+        diffusion,
+        noise=noise,
+        eta=options.eta,
+        denoised_fn=None if known is None else keep_known(*known),
+        progress=progress,
+        graphs=graphs,
+    )
 
 
 def quantise(pictures: Tensor) -> Tensor:

@@ -21,45 +21,51 @@ def _ddpm(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Ancestral sampling (DDPM, arXiv 2006.11239, algorithm 2), with the variance of the model."""
     x, rule = run.x, ddpm_rule(run.diffusion, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown:
-        x, x_start = run.move(rule, x, step) if run.is_plain else _ancestral(run, x, step)
+        if run.is_plain:
+            x, x_start = run.move(rule, x, step)
+        else:
+            x, x_start = run.compute(_ancestral, x, run.t(step), run.draw())
         yield x, x_start
 
 
-def _ancestral(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def _ancestral(run: Run, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """What the rule does, where the prediction is more than the denoiser's output."""
-    p = run.predict(x, step)
-    z = run.draw()
-    return p.mean if step == 0 else p.mean + torch.exp(0.5 * p.log_variance) * z, p.x_start
+    p = run.predict(x, t)
+    inside = (t > 0).view(-1, *[1] * (x.dim() - 1))  # the last step adds no noise
+    return p.mean + inside * torch.exp(0.5 * p.log_variance) * z, p.x_start
 
 
 def _ddim(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM (arXiv 2010.02502, equation 12): deterministic given x at eta 0, as random as DDPM at eta 1."""
     x, rule = run.x, ddim_rule(run.diffusion, run.eta, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown:
-        x, x_start = run.move(rule, x, step) if run.is_plain else _implicit(run, x, step)
+        if run.is_plain:
+            x, x_start = run.move(rule, x, step)
+        else:
+            x, x_start = run.compute(_implicit, x, run.t(step), run.draw())
         yield x, x_start
 
 
-def _implicit(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    t = run.t(step)
-    x_start = run.predict(x, step).x_start
+def _implicit(run: Run, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    x_start = run.predict(x, t).x_start
     epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
     mean, sigma = run.diffusion.ddim_step(x_start, epsilon, t, run.eta)
-    z = run.draw()
-    return mean if step == 0 else mean + sigma * z, x_start
+    return mean + sigma * z, x_start  # sigma is 0 at the last step
 
 
 def _ddim_encode(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """DDIM at eta 0 run backwards (arXiv 2010.02502, section 4.3): the noise x_T that leads to picture x."""
     x, rule = run.x, ddim_encode_rule(run.diffusion, clip=run.clip_denoised, device=run.x.device)
     for step in run.countdown[::-1]:
-        x, x_start = run.move(rule, x, step, noisy=False) if run.is_plain else _encoding(run, x, step)
+        if run.is_plain:
+            x, x_start = run.move(rule, x, step, noisy=False)
+        else:
+            x, x_start = run.compute(_encoding, x, run.t(step))
         yield x, x_start
 
 
-def _encoding(run: Run, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    t = run.t(step)
-    x_start = run.predict(x, step).x_start
+def _encoding(run: Run, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    x_start = run.predict(x, t).x_start
     epsilon = run.diffusion.predict_epsilon_from_x_start(x, t, x_start)
     return run.diffusion.ddim_step_to_noise(x_start, epsilon, t), x_start
 

@@ -35,7 +35,7 @@ def _plms(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     x, recent = run.x, deque[Tensor](maxlen=4)
     for step in run.countdown:
         here, there = run.level(step), run.level(step - 1)
-        recent.appendleft((x - here.alpha * run.predict(x, step).x_start) / here.sigma)
+        recent.appendleft((x - here.alpha * run.guess(x, step)) / here.sigma)
         epsilon = _weighted(ADAMS_BASHFORTH[len(recent) - 1], recent)
         x_start = run.limit((x - here.sigma * epsilon) / here.alpha)
         x = there.alpha * x_start + there.sigma * epsilon
@@ -50,10 +50,10 @@ def _heun(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """
     x = run.x
     for step in run.countdown:
-        x_start = run.predict(x, step).x_start
+        x_start = run.guess(x, step)
         ahead = _transfer(x, x_start, run.level(step), run.level(step - 1))
         if step:
-            ends = [x_start, run.predict(ahead, step - 1).x_start]
+            ends = [x_start, run.guess(ahead, step - 1)]
             ahead = _integrate(run, x, step, step - 1, [step, step - 1], ends)
         x = ahead
         yield x, x_start
@@ -68,7 +68,7 @@ def _dpm_solver(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     x, previous, previous_growth = run.x, None, math.inf
     for step in run.countdown:
         here, there, growth = run.level(step), run.level(step - 1), run.growth(step)
-        x_start = run.predict(x, step).x_start
+        x_start = run.guess(x, step)
         middle = x_start
         if previous is not None and step:
             middle = x_start + min(growth / previous_growth, 1) / 2 * (x_start - previous)
@@ -89,7 +89,7 @@ def _unipc(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     x, start = run.x, run.x
     steps, guesses = deque[int](maxlen=3), deque[Tensor](maxlen=3)
     for step in run.countdown:
-        x_start = run.predict(x, step).x_start
+        x_start = run.guess(x, step)
         steps.appendleft(step)
         guesses.appendleft(x_start)
         known = 1

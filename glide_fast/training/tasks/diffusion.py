@@ -17,7 +17,8 @@ from glide_fast.data.images import to_tensor
 from glide_fast.diffusion import GaussianDiffusion, Schedule, hybrid_loss, simple_loss, v_weight
 from glide_fast.models import LoadedModel, MaskedImage, UNet
 from glide_fast.models.configs import Config
-from glide_fast.sampling.denoiser import PerImageNoise, initial_noise
+from glide_fast.sampling.denoiser import Conditioned, PerImageNoise, initial_noise
+from glide_fast.sampling.graph_cuda import shared_graphs
 from glide_fast.sampling.pipeline import StageOptions, quantise, sample_stage
 from glide_fast.sampling.samplers import find_sampler
 from glide_fast.text.tokenizer import get_tokenizer
@@ -120,10 +121,11 @@ class DiffusionTask:
         device = next(stage.network.parameters()).device
         conditions = {name: value.to(device) for name, value in conditions.items()}
         return find_sampler(options.sampler)(
-            lambda x, timesteps: stage.network(x, timesteps, **conditions),
+            Conditioned(network=stage.network, conditions=conditions),
             initial_noise(noise, (settings.count, self.model.unet.image_channels, size, size), device=device),
             options.diffusion(self.model),
             noise=noise,
+            graphs=shared_graphs(options.graph, device),
         )
 
     def _find_shown(self, pictures: CaptionedPictures | None) -> CaptionedPictures | None:
