@@ -24,7 +24,12 @@ class Kernel(NamedTuple):
     covers: str  # "float32, bfloat16 and float16; all else by the default"
 
 
-REGISTERED: dict[str, Kernel] = {}
+REGISTERED: dict[str, Kernel] = {
+    "adamw": Kernel("adamw", "float32 weights, gradients of any width; all else by the reference"),
+    "sampler_step": Kernel(
+        "sampler_step", "float32 pictures and outputs of any width; all else by the reference"
+    ),
+}
 
 
 class _Implement(Protocol):

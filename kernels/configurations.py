@@ -38,7 +38,42 @@ class Configuration:
 
 # The first row that fits is taken; None fits everything. A shape class is a number: the row fits up to it.
 #   kernel, architectures, bits of an element, largest shape class: rows, columns, warps, stages
-TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configuration], ...] = ()
+TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configuration], ...] = (
+    # rows are queries, columns keys, the shape class the head dimension up to a power of two
+    ("attention", ("gfx942",), None, None, Configuration(64, 32, 4, 2)),
+    ("attention", ("sm_120",), 16, 64, Configuration(64, 64, 4, 3)),
+    ("attention", ("sm_120",), 16, 128, Configuration(128, 64, 8, 2)),
+    ("attention", None, 16, 128, Configuration(64, 64, 4, 2)),
+    ("attention", ("sm_80", "sm_120"), 32, 64, Configuration(32, 32, 4, 2)),
+    ("attention", None, 32, 64, Configuration(64, 32, 4, 2)),
+    ("attention", ("sm_100",), 32, 128, Configuration(64, 32, 8, 2)),
+    ("attention", ("sm_80",), 32, 128, Configuration(32, 32, 4, 2)),
+    ("attention", None, 32, 128, Configuration(16, 32, 4, 1)),
+    ("attention_backward", None, 16, 128, Configuration(64, 64, 4, 1)),
+    ("attention_backward", None, 32, 128, Configuration(32, 32, 4, 1)),
+    # rows are pixels, columns channels, the shape class the pixels of a picture
+    ("group_norm", None, None, None, Configuration(64, 64, 8, 1)),
+    ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
+    ("group_norm_backward", None, None, None, Configuration(64, 64, 8, 1)),
+    # rows are pixels, columns channels, the shape class the widest tile that is worth its while
+    ("convolution", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
+    ("convolution", ("sm_120",), None, None, Configuration(128, 64, 8, 3)),
+    ("convolution", ("gfx942",), None, None, Configuration(128, 64, 4, 2)),
+    ("convolution", None, None, 64, Configuration(128, 64, 4, 3)),
+    ("convolution", ("sm_100",), None, 128, Configuration(128, 128, 4, 3)),
+    ("convolution", None, None, 128, Configuration(128, 128, 8, 3)),
+    ("linear", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
+    ("linear", ("sm_120",), None, None, Configuration(128, 64, 8, 3)),
+    ("linear", ("gfx942",), None, None, Configuration(128, 64, 4, 2)),
+    ("linear", None, None, 64, Configuration(128, 64, 4, 3)),
+    ("linear", ("sm_100",), None, 128, Configuration(128, 128, 4, 3)),
+    ("linear", None, None, 128, Configuration(128, 128, 8, 3)),
+    # rows are elements of a tensor or of a picture
+    ("adamw", None, None, None, Configuration(1024, 1, 4, 1)),
+    ("sampler_step", None, None, None, Configuration(1024, 1, 4, 1)),
+    ("product_sum", None, None, None, Configuration(64, 32, 4, 1)),
+    ("moments", None, None, None, Configuration(32, 1, 4, 1)),  # rows are tiles of a product
+)
 
 # GPUs without rows of their own, and the kin whose shared memory and matrix instructions they share.
 _KIN = {"sm_86": "sm_120", "sm_87": "sm_80", "sm_89": "sm_120", "sm_103": "sm_100", "sm_121": "sm_120"}

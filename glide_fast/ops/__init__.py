@@ -5,6 +5,7 @@ were not, the reference serves, and `implementations()` says why.
 """
 
 from glide_fast.ops import attention_cpu, convolution_cpu, layer_norm_cpu, linear_cpu
+from glide_fast.ops.adamw import StepNumbers, adamw
 from glide_fast.ops.attention import attention
 from glide_fast.ops.causal_attention import causal_attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
@@ -25,7 +26,9 @@ __all__ = [
     "Implementation",
     "LinearActivation",
     "Resample",
+    "StepNumbers",
     "StepRule",
+    "adamw",
     "attention",
     "causal_attention",
     "group_norm",

@@ -57,3 +57,34 @@ def sampler_step(
         mean = torch.where(last, mean, mean + spread * noise.to(dtype))
     following, guess = x.new_empty(x.shape), x.new_empty(x.shape)
     return following.copy_(mean), guess.copy_(x_start)
+
+
+def adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    average: list[Tensor],
+    copies: list[Tensor],
+    numbers: Tensor,  # [N, 8]
+    factor: Tensor | None,  # one number
+) -> None:
+    """One step of AdamW on N tensors, their averages and copies, in place: see :mod:`..ops.adamw`."""
+    if not parameters:
+        return
+    first_share, beta2, second_share, eps, decay, step_size, root, share = numbers.double().t().tolist()
+    wide = [gradient.to(each.dtype) for gradient, each in zip(gradients, parameters, strict=True)]
+    if factor is not None:
+        wide = list(torch._foreach_mul(wide, factor.to(wide[0].dtype).reshape(())))
+    torch._foreach_mul_(parameters, [1 - each for each in decay])
+    torch._foreach_lerp_(first, wide, first_share)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, wide, wide, second_share)
+    denominators = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominators, root)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(parameters, first, denominators, [-each for each in step_size])
+    if average:
+        torch._foreach_lerp_(average, parameters, share)
+    if copies:
+        torch._foreach_copy_(copies, parameters)

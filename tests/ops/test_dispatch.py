@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from glide_fast.ops import (
+    StepNumbers,
     StepRule,
+    adamw,
     dispatch,
     group_norm,
     implementations,
@@ -26,6 +28,7 @@ from glide_fast.ops import (
 from tests.ops import attention_cases, group_norm_cases
 
 OPS = (
+    "adamw",
     "attention",
     "attention_backward",
     "group_norm",
@@ -69,6 +72,7 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         x, weight = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
         norm_convolution(x, weight).sum().backward()
         linear(x, torch.randn(2, 5)).sum().backward()
+        adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
         rule = StepRule(table=torch.ones(1, 8), deviation="table", direction="x", clip=True)
         sampler_step(x.detach(), x.detach(), torch.tensor([0]), rule)
     assert calls == dict.fromkeys(OPS, 1)
