@@ -2,8 +2,6 @@
 // ISA. Called from glide_fast/ops/attention_cpu.py, which checks.
 #include "attention.h"
 
-#include <tuple>
-
 #include "isa.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -19,8 +17,8 @@ AttentionTensor view_of(const Tensor& tensor) {
     return {data(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor text_key,
-                                             OptionalTensor text_value) {
+void attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor text_key,
+                       OptionalTensor text_value, bool causal, Tensor output, Tensor log_sum) {
     Attention problem{};
     problem.batch = query.size(0);
     problem.queries = query.size(1);
@@ -32,10 +30,9 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     problem.value = view_of(value);
     if (text_key) problem.text_key = view_of(*text_key);
     if (text_value) problem.text_value = view_of(*text_value);
+    problem.causal = causal;
     problem.block_queries = divide_up(problem.queries, divide_up(problem.queries, BLOCK_QUERIES));
 
-    Tensor output = empty({problem.batch, problem.queries, problem.heads, problem.dim});
-    Tensor log_sum = empty({problem.batch, problem.heads, problem.queries});
     problem.output = mutable_data(output);
     problem.log_sum = mutable_data(log_sum);
     const int64_t heads = problem.batch * problem.heads;
@@ -52,15 +49,14 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
     for_each_task(heads * problem.query_blocks(), operations, [&](int64_t begin, int64_t end) {
         kernels.attend(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
     });
-    return {output, log_sum};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glide_fast, library) {
     library.def(
-        "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? text_key, Tensor? text_value) -> "
-        "(Tensor output, Tensor log_sum)");
+        "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? text_key, Tensor? text_value, "
+        "bool causal, Tensor(a!) output, Tensor(b!) log_sum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glide_fast, CPU, library) {

@@ -23,6 +23,7 @@ struct Attention {
     float* output;          // [B, T, N, D]
     float* log_sum;         // [B, N, T]
     int64_t block_queries;  // of a task
+    bool causal;            // a query sees the keys up to its own place; there is no text then
 
     int64_t keys() const { return text + queries; }
     int64_t key_panels() const { return divide_up(keys(), PANEL); }

@@ -102,6 +102,12 @@ inline float exponentiate(float* scores, int64_t keys, float scale, float* maxim
     return shrink;
 }
 
+// The scores of keys from `seen` on become zero, but for those of an incomplete vector.
+inline void hide(float* scores, int64_t seen, int64_t padded) {
+    const int64_t first = seen <= 0 ? 0 : (seen + LANES - 1) / LANES * LANES;
+    for (int64_t k = first; k < padded; k += LANES) store(scores + k, Vector{});
+}
+
 void attend_block(const Attention& problem, int64_t index, int64_t first, int64_t rows, float* scratch) {
     const int64_t picture = index / problem.heads, head = index % problem.heads, width = problem.padded_dim();
     const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(problem.dim)));
@@ -110,16 +116,20 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
     const float* keys = problem.packed_keys + index * problem.key_panels() * problem.dim * PANEL;
     const float* values = problem.packed_values + index * problem.padded_keys() * width;
     for (int64_t row = 0; row < rows; ++row) maximum[row] = LOWEST, store(totals + row * LANES, Vector{});
-    for (int64_t begin = 0; begin < problem.keys(); begin += BLOCK_KEYS) {
-        const int64_t count = smaller(BLOCK_KEYS, problem.keys() - begin);
+    const int64_t seen = problem.causal ? first + rows : problem.keys();
+    for (int64_t begin = 0; begin < seen; begin += BLOCK_KEYS) {
+        const int64_t count = smaller(BLOCK_KEYS, seen - begin);
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
         for (int64_t k = 0; k < padded; k += PANEL)
             multiply_panel<LONG_SUMS>({problem.query.at(picture, first, head), problem.query.token, 1}, rows,
                                       keys + (begin + k) * problem.dim, PANEL, problem.dim, scores + k,
                                       BLOCK_KEYS, false);
         for (int64_t row = 0; row < rows; ++row) {
+            const int64_t own = problem.causal ? smaller(count, first + row + 1 - begin) : count;
+            if (problem.causal) hide(scores + row * BLOCK_KEYS, own, padded);
+            if (own <= 0) continue;
             const float shrink =
-                exponentiate(scores + row * BLOCK_KEYS, count, scale, maximum + row, totals + row * LANES);
+                exponentiate(scores + row * BLOCK_KEYS, own, scale, maximum + row, totals + row * LANES);
             if (begin > 0 && shrink != 1.0f)
                 for (int64_t d = 0; d < width; d += LANES)
                     store(sums + row * width + d, load(sums + row * width + d) * shrink);

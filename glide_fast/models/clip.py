@@ -14,6 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
+from glide_fast.models.branch import (
+    Block,
+    Branch,
+    attention_at,
+    beside,
+    last_block_at,
+    rows_at,
+    through,
+)
 from glide_fast.models.layers import Conv2d, Linear
 from glide_fast.models.resnet import ResNetConfig, ResNetTower
 from glide_fast.models.transformer import LayerNorm, self_attention
@@ -47,7 +56,7 @@ class CLIPConfig:
     vocabulary: int = 49408
 
 
-class ClipAttention(nn.Module):
+class ClipAttention(Branch):
     """Multi-head self-attention with PyTorch's parameter names (queries, keys, values stacked).
 
     Tokens come as [T, B, C] where ``batch_first`` is set to False, as in PyTorch.
@@ -63,16 +72,27 @@ class ClipAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = x if self.batch_first else x.transpose(0, 1)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
+        query, key, value = self._project(x)
+        if not self.batch_first:
+            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+        attended = self_attention(query, key, value, causal=self.causal)
+        attended = attended if self.batch_first else attended.transpose(0, 1)
+        return through(self.out_proj, attended, residual=residual)
+
+    def at(self, x: Tensor, places: Tensor, residual: Tensor) -> Tensor:
+        """x [B, T, C] in this order always, places int64 [B], residual [B, C] -> [B, C] of these tokens."""
+        query, key, value = self._project(x)
+        attended = attention_at(rows_at(query, places), key, value, places, causal=self.causal)
+        return through(self.out_proj, attended, residual=residual)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [..., N, D] each."""
         projected = ops.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
-        split = torch.unflatten(projected, 2, (3, self.heads, -1))
-        query, key, value = split.unbind(2)  # [B, T, N, D]
-        out: Tensor = self.out_proj(self_attention(query, key, value, causal=self.causal))
-        return out if self.batch_first else out.transpose(0, 1)
+        return torch.unflatten(projected, 2, (3, self.heads, -1)).unbind(2)
 
 
-class ClipPerceptron(nn.Module):
+class ClipPerceptron(Branch):
     """Two layers around QuickGELU, x sigmoid(1.702 x)."""
 
     def __init__(self, width: int) -> None:
@@ -80,11 +100,11 @@ class ClipPerceptron(nn.Module):
         self.c_fc = Linear(width, 4 * width)
         self.c_proj = Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        return self.c_proj(quick_gelu(self.c_fc(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
+        return through(self.c_proj, through(self.c_fc, x, activation="quick_gelu"), residual=residual)
 
 
-class ClipBlock(nn.Module):
+class ClipBlock(Block):
     """x + attention(norm(x)), then x + perceptron(norm(x))."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -95,8 +115,13 @@ class ClipBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        x = beside(x, self.attn, self.ln_1(x))
+        return beside(x, self.mlp, self.ln_2(x))
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:  # [B, T, C], int64 [B] -> [B, C]
+        """The rows of self(x) at these places; x has the batch first always."""
+        rows = self.attn.at(self.ln_1(x), places, residual=rows_at(x, places))
+        return beside(rows, self.mlp, self.ln_2(rows))
 
 
 class ClipTransformer(nn.Module):
@@ -129,10 +154,13 @@ class ClipTransformer(nn.Module):
             if isinstance(module, (ClipAttention, ClipTransformer)):
                 module.batch_first = False
 
-    def on_batch(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C], in whichever order the blocks take the tokens."""
-        out: Tensor = self(x) if self.batch_first else self(x.transpose(0, 1)).transpose(0, 1)
-        return out
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """x [B, T, C], places int64 [B] -> [B, C] of these tokens, whatever order the blocks take them in."""
+        *blocks, last = self.resblocks
+        x = x if self.batch_first else x.transpose(0, 1)
+        for block in blocks:
+            x = block(x)
+        return last_block_at(last, x, places, batch_first=self.batch_first)
 
 
 class VisionTransformer(nn.Module):
@@ -162,8 +190,9 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)
         token = self.class_embedding.to(image.dtype).expand(len(image), 1, -1)
         x = torch.cat([token, patches], dim=1) + self.positional_embedding.to(image.dtype)
-        x = self.transformer.on_batch(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj.to(image.dtype)  # type: ignore[no-any-return]
+        first = torch.zeros(len(image), dtype=torch.long, device=image.device)
+        x = self.transformer.at(self.ln_pre(x), first)
+        return self.ln_post(x) @ self.proj.to(image.dtype)  # type: ignore[no-any-return]
 
 
 class CLIP(nn.Module):
@@ -207,8 +236,8 @@ class CLIP(nn.Module):
         if tokens.shape[-1] != self.config.context:
             raise ValueError(f"tokens have length {tokens.shape[-1]}, the context is {self.config.context}")
         x = self.token_embedding(tokens).to(self.compute_dtype)
-        x = self.transformer.on_batch(x + self.positional_embedding.to(self.compute_dtype))
-        ends = self.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
+        x = x + self.positional_embedding.to(self.compute_dtype)
+        ends = self.ln_final(self.transformer.at(x, tokens.argmax(dim=-1)))
         return ends @ self.text_projection.to(self.compute_dtype)  # type: ignore[no-any-return]
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,8 +247,3 @@ class CLIP(nn.Module):
         )
         logits = self.logit_scale.exp() * images @ texts.T
         return logits, logits.T
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from glide_fast.models.branch import Projection
 from glide_fast.models.clip import ClipAttention
 from glide_fast.models.layers import Conv2d, Linear, PointwiseConv
-from glide_fast.models.noisy_clip import Projection
 from glide_fast.ops import packed
 
 _LARGEST_GROWTH = 4  # of a 3x3 weight in Winograd's domain
 _SPARE = 0.1  # of the available memory, for everything else
 
 
-def weights_to_pack(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """The weights of this package's convolutions and linear layers that are on the CPU."""
+def product_weights(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The weights of this package's convolutions and linear layers."""
     weights = []
     for module in modules:
         if isinstance(module, Conv2d | Linear | PointwiseConv):

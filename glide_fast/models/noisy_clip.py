@@ -5,7 +5,9 @@ Two transformers with upstream's state-dict names; queries and keys have separat
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glide_fast import ops
+from glide_fast.models import branch
+from glide_fast.models.branch import (
+    Branch,
+    Projection,
+    attention_at,
+    beside,
+    last_block_at,
+    rows_at,
+    through,
+)
 from glide_fast.models.transformer import self_attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures CLIP was trained on, in 0 .. 1
@@ -43,27 +55,6 @@ class NoisyCLIPConfig:
     tokenizer: str = "clip"
 
 
-class Projection(nn.Module):
-    """A linear layer with upstream's names ``w`` [out, in] and ``b``; weights follow the input's dtype.
-
-    ``frozen_middle``: the middle third of the bias has no gradient. Upstream does so to the biases of queries
-    and values, as if each were a joint bias of queries, keys and values; its training is reproduced with it.
-    """
-
-    def __init__(self, channels: int, out: int, *, bias: bool = True, frozen_middle: bool = False) -> None:
-        super().__init__()
-        self.frozen_middle = frozen_middle
-        self.w = nn.Parameter(channels**-0.5 * torch.randn(out, channels))
-        self.b = nn.Parameter(torch.zeros(out)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., channels] -> [..., out]
-        bias = None if self.b is None else self.b.to(x.dtype)
-        if bias is not None and self.frozen_middle:
-            before, middle, after = torch.chunk(bias, 3)
-            bias = torch.cat([before, middle.detach(), after])
-        return ops.linear(x, self.w.to(x.dtype), bias)
-
-
 class Norm(nn.Module):
     """LayerNorm with upstream's names ``g`` and ``b``, computed in their dtype (float32)."""
 
@@ -73,10 +64,10 @@ class Norm(nn.Module):
         self.b = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return F.layer_norm(x.to(self.g.dtype), self.g.shape, self.g, self.b).to(x.dtype)
+        return ops.layer_norm(x, self.g, self.b)
 
 
-class AttentionBranch(nn.Module):
+class AttentionBranch(Branch):
     """Norm and multi-head self-attention."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -89,13 +80,22 @@ class AttentionBranch(nn.Module):
         self.f_v = Projection(width, width, frozen_middle=True)
         self.f_c = Projection(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
         x = self.ln(x)
         query, key, value = (f(x).unflatten(2, (self.heads, -1)) for f in (self.f_q, self.f_k, self.f_v))
-        return self.f_c(self_attention(query, key, value, causal=self.causal))  # type: ignore[no-any-return]
+        attended = self_attention(query, key, value, causal=self.causal)
+        return through(self.f_c, attended, residual=residual)
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:  # [B, T, C], int64 [B] -> [B, C]
+        """The rows of x + self(x) at these places."""
+        normal = self.ln(x)
+        query = self.f_q(rows_at(normal, places)).unflatten(1, (self.heads, -1))
+        key, value = (f(normal).unflatten(2, (self.heads, -1)) for f in (self.f_k, self.f_v))
+        attended = attention_at(query, key, value, places, causal=self.causal)
+        return through(self.f_c, attended, residual=rows_at(x, places))
 
 
-class PerceptronBranch(nn.Module):
+class PerceptronBranch(Branch):
     """Norm, and two layers around GELU."""
 
     def __init__(self, width: int) -> None:
@@ -104,11 +104,11 @@ class PerceptronBranch(nn.Module):
         self.f_1 = Projection(width, 4 * width)
         self.f_2 = Projection(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        return self.f_2(F.gelu(self.f_1(self.ln(x))))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
+        return through(self.f_2, through(self.f_1, self.ln(x), activation="gelu"), residual=residual)
 
 
-class Block(nn.Module):
+class Block(branch.Block):
     """x + attention(x), then x + perceptron(x)."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -117,8 +117,13 @@ class Block(nn.Module):
         self.f_mlp = PerceptronBranch(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = x + self.f_attn(x)
-        return x + self.f_mlp(x)  # type: ignore[no-any-return]
+        x = beside(x, self.f_attn, x)
+        return beside(x, self.f_mlp, x)
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:  # [B, T, C], int64 [B] -> [B, C]
+        """The rows of self(x) at these places."""
+        rows = self.f_attn.at(x, places)
+        return beside(rows, self.f_mlp, rows)
 
 
 class Output(nn.Module):
@@ -190,13 +195,17 @@ class Tower(nn.Module):
         blocks = {name: Block(width, heads, causal=causal) for name in self.layers}
         self.blocks = nn.ModuleDict({"input": first, **blocks, "output": Output(width, embedding)})
 
-    def transform(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        """All the blocks between input and output."""
-        again = self.recompute and torch.is_grad_enabled()
-        for name in self.layers:
-            block = self.blocks[name]
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        return x
+    def transform(self, x: Tensor, places: Tensor) -> Tensor:
+        """All the blocks between input and output: x [B, T, C], int64 [B] -> [B, C] of these tokens."""
+        *names, last = self.layers
+        for name in names:
+            x = self._call(self.blocks[name], x)
+        return self._call(functools.partial(last_block_at, self.blocks[last]), x, places)
+
+    def _call(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return function(*inputs)
 
 
 class PictureEncoder(Tower):
@@ -209,7 +218,8 @@ class PictureEncoder(Tower):
 
     def features(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """What becomes the embedding: the first token [B, C] behind the last block."""
-        return self.transform(self.blocks["input"](x, timesteps))[:, 0]
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.transform(self.blocks["input"](x, timesteps), first)
 
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """x [B, 3, H, W] in [-1, 1], timesteps int64 [B] -> [B, embedding]."""
@@ -226,8 +236,7 @@ class TextEncoder(Tower):
 
     def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What becomes the embedding: the last token [B, C] behind the last block."""
-        x = self.transform(self.blocks["input"](tokens))
-        return x[torch.arange(len(x), device=x.device), lengths - 1]
+        return self.transform(self.blocks["input"](tokens), lengths - 1)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Tokens [B, context] and their number in each text [B] -> [B, embedding]."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
+from glide_fast.models.branch import Branch, beside, through
 from glide_fast.models.layers import Linear
 
 
@@ -14,20 +14,17 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes in the dtype of its parameters (float32) and answers in that of its input."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return F.layer_norm(
-            x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-        ).to(x.dtype)
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
     """[B, T, N, D] each -> [B, T, N·D]; ``causal`` hides from each token those behind it."""
     if not causal:
         return ops.attention(query, key, value).flatten(2)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+    return ops.causal_attention(query, key, value).flatten(2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Branch):
     """Multi-head self-attention over tokens; queries, keys and values interleaved a head."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -36,13 +33,12 @@ class SelfAttention(nn.Module):
         self.c_qkv = Linear(width, 3 * width)
         self.c_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
         query, key, value = torch.unflatten(self.c_qkv(x), 2, (self.heads, 3, -1)).unbind(3)
-        out: Tensor = self.c_proj(self_attention(query, key, value))
-        return out
+        return through(self.c_proj, self_attention(query, key, value), residual=residual)
 
 
-class Perceptron(nn.Module):
+class Perceptron(Branch):
     """The block's two-layer perceptron, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
@@ -50,9 +46,8 @@ class Perceptron(nn.Module):
         self.c_fc = Linear(width, 4 * width)
         self.c_proj = Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
-        return out
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
+        return through(self.c_proj, through(self.c_fc, x, activation="gelu"), residual=residual)
 
 
 class TransformerBlock(nn.Module):
@@ -66,9 +61,8 @@ class TransformerBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = x + self.attn(self.ln_1(x))
-        branch: Tensor = self.mlp(self.ln_2(x))
-        return x + branch
+        x = beside(x, self.attn, self.ln_1(x))
+        return beside(x, self.mlp, self.ln_2(x))
 
 
 class Transformer(nn.Module):

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glide_fast.ops import reference
+from glide_fast.ops import causal_attention as causal_op
+from glide_fast.ops import memory, reference
 from glide_fast.ops.dispatch import cpp_library, implement
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -54,9 +55,34 @@ def attention(
         return reference.attention(query, key, value, text_key, text_value)
     if query.dtype is torch.float64 or cpp_library() is None:
         return _aten_attention(query, key, value, text_key, text_value)
-    tensors = [_float(each) for each in (query, key, value, text_key, text_value)]
-    output, log_sum = torch.ops.glide_fast.attention_forward(*tensors)
+    output, log_sum = _attend(query, key, value, text_key, text_value, causal=False)
     return output.to(query.dtype), log_sum
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, N, D] in float32, logarithm of the softmax's sum [B, N, T]."""
+    batch, queries, heads, dim = query.shape
+    strides = (queries * heads * dim, heads * dim, dim, 1)
+    output = memory.empty(query.shape, strides)
+    log_sum = torch.empty((batch, heads, queries))
+    tensors = [_float(each) for each in (query, key, value, text_key, text_value)]
+    torch.ops.glide_fast.attention_forward(*tensors, causal, output, log_sum)
+    return output, log_sum
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The op `causal_attention`."""
+    if query.numel() == 0 or query.dtype is torch.float64:
+        return causal_op.composed(query, key, value)
+    return _attend(query, key, value, None, None, causal=True)[0].to(query.dtype)
 
 
 def _aten_attention(
@@ -99,7 +125,10 @@ def attention_backward(
 
 
 def register() -> None:
-    """Register both ops for the CPU key, where this torch has the aten ops."""
+    """Register the ops for the CPU key, where the C++ library is or this torch has the aten ops."""
+    if cpp_library() is not None:
+        reason = "fp32 arithmetic without gradients; all else by ATen"
+        implement("causal_attention", "CPU", causal_attention, name="C++", reason=reason)
     if hasattr(torch.ops.aten, _FORWARD) and hasattr(torch.ops.aten, _BACKWARD):
         aten = "ATen flash attention"
         forward = aten if cpp_library() is None else "C++"

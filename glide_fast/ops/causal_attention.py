@@ -19,8 +19,8 @@ from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 
 def composed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The op by PyTorch's own; differentiable where autograd sees it."""
-    by_head = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2).contiguous()
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).contiguous()
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 (the op's signature)

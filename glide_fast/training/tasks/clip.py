@@ -44,8 +44,7 @@ class LearningCLIP(NoisyCLIP):
         """Unit vectors of the pictures, of the texts, both [B, embedding] float32, and the scale."""
         pictures = self.image_encoder(x.to(self.compute_dtype), timesteps)
         text = self.text_encoder.blocks
-        hidden = self.text_encoder.transform(text["input"](tokens).to(self.compute_dtype))
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        last = self.text_encoder.transform(text["input"](tokens).to(self.compute_dtype), lengths - 1)
         scale = self.logit_scale.exp().clamp(max=LARGEST_SCALE)
         return F.normalize(pictures.float(), dim=1), F.normalize(text["output"](last).float(), dim=1), scale
 
