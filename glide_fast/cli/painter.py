@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from glide_fast.models import PRESETS, ModelConfig
 from glide_fast.models.checkpoint import files_of
+from glide_fast.sampling.graph_cuda import Choice
 from glide_fast.sampling.pipeline import (
     EMBEDDED,
     EMBEDDED_INPAINTING,
@@ -47,6 +48,8 @@ class Painter:
     """Share of the contrast that guidance adds and that is taken back, 0 to 1."""
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
+    graph: Choice = "step"
+    """What a CUDA graph holds, on a GPU: a step, the whole loop (faster for small models), or off."""
 
     def scale(self, model: TextToImage) -> float:
         """The guidance that is given, or the model's usual one."""
@@ -90,8 +93,15 @@ class Painter:
             steps=self.steps,
             guidance=self.scale(model),
             rescale=self.rescale,
+            graph=self.graph,
         )
-        upsampler = replace(UPSAMPLER_OPTIONS, sampler=self.sampler, eta=self.eta, steps=self.upsampler_steps)
+        upsampler = replace(
+            UPSAMPLER_OPTIONS,
+            sampler=self.sampler,
+            eta=self.eta,
+            steps=self.upsampler_steps,
+            graph=self.graph,
+        )
         return base, upsampler
 
     def paint(

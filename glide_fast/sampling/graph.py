@@ -244,7 +244,9 @@ class Graphs:
 
         if not graph.is_warm:
             graph.is_warm = True
-            return self.recorder.warm_up(session.device, work)
+            results = self.recorder.warm_up(session.device, work)
+            graph.signature = session.look()
+            return results
         if graph.recording is None:
             try:
                 graph.recording, graph.outputs = self.recorder.record(session.device, work)
@@ -267,7 +269,7 @@ class Graphs:
 
 @dataclass(eq=False)
 class Session:
-    """The graphs for one call of a sampler, throughout which weights stay where they are."""
+    """The graphs for one call of a sampler, throughout which weights stay where the first step puts them."""
 
     graphs: Graphs
     device: torch.device
@@ -278,9 +280,13 @@ class Session:
     token: object = field(default_factory=object)
 
     def __post_init__(self) -> None:
-        tensors = [each.detach() for network in self.networks for each in _weights(network)]
-        self._weights = tensors  # so that a step that replaces weights does not free what a graph reads
+        self.look()
+
+    def look(self) -> Hashable:
+        """Note where the weights are, and hold them, so that no callback frees what a graph reads."""
+        self._weights = [each.detach() for network in self.networks for each in _weights(network)]
         self.signature = _signature(self.networks)
+        return self.signature
 
     def call(self, name: Hashable, function: Function, arguments: Tensors) -> Tensors:
         """``function(kept, inputs, arguments)``, by a replay where it was recorded; its results are copies.

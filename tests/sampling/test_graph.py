@@ -174,6 +174,29 @@ def test_weights_at_another_address_are_recorded_anew(change: Any) -> None:
     assert old is not None
 
 
+class Settling(nn.Linear):
+    """Lays its weights elsewhere when it is first called, as a U-Net does on a GPU."""
+
+    settled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.settled:
+            self.before, self.settled = self.weight.data, True
+            self.weight.data = self.weight.data.clone()
+        return super().forward(x)
+
+
+def test_weights_that_settle_in_the_first_call_are_recorded_once() -> None:
+    recorder = StandIn()
+    network = Settling(4, 4).eval().requires_grad_(False)
+    graphs, part = Graphs(recorder), Scaled(network, torch.tensor(3.0))
+    for seed in range(4):
+        session = open_session(graphs, part)
+        for _ in range(2):
+            expect(part, numbers(seed), call(session, part, numbers(seed)))
+    assert (recorder.warm_ups, recorder.records) == (1, 1)
+
+
 def test_weights_of_another_dtype_are_recorded_anew() -> None:
     recorder = StandIn()
     graphs, part = Graphs(recorder), Scaled(layer(), torch.tensor(3.0))
