@@ -18,12 +18,15 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
+    def share(self, step: int) -> float:
+        """By how much of the way the average moves after optimiser step ``step`` (from 0)."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards the parameters after optimiser step ``step`` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
         parameters = [parameter.detach() for parameter in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), parameters, self.share(step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by parameter name."""

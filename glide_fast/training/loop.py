@@ -30,11 +30,12 @@ from glide_fast.models.noisy_clip import Tower
 from glide_fast.models.trunk import Stage
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.diagnose import NonFiniteLossError, explain_non_finite
-from glide_fast.training.distributed import World, gradient_exchange, joined, shared, whole
+from glide_fast.training.distributed import World, gradient_exchange, joined, shared
 from glide_fast.training.draws import Draws
 from glide_fast.training.ema import ExponentialMovingAverage
 from glide_fast.training.initial import load_weights
 from glide_fast.training.log import RunLog, plot_losses, read_log, require_matplotlib
+from glide_fast.training.optimizer import clip_gradients, new_optimizer, update
 from glide_fast.training.sources import open_source
 from glide_fast.training.state import TrainingState
 from glide_fast.training.tasks import TASKS, Batch, Task
@@ -81,13 +82,7 @@ class Trainer:
         return TrainingState(
             model=self.model,
             ema=ExponentialMovingAverage(self.model, settings.ema),
-            optimizer=torch.optim.AdamW(
-                self.model.parameters(),
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                weight_decay=settings.weight_decay,
-                fused=True,
-            ),
+            optimizer=new_optimizer(self.model, settings),
             timesteps=timestep_sampler(self.config.timesteps, self.task.diffusion.steps),
             source=self.source,
             world=self.world,
@@ -115,14 +110,13 @@ class Trainer:
         t, weights = (each[part].to(world.device) for each in drawn)
 
         losses = self._gradients(batch, t, noise, weights)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip))
+        norm, factor = clip_gradients(state.optimizer, self.model, config.optimizer.clip)
         if not (torch.isfinite(losses["loss"]).all() and torch.isfinite(norm)):
             self._stop(batch, t, noise)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
+        update(state.optimizer, state.ema, self.model, state.step, factor)
         state.timesteps.update(drawn[0], losses["loss"])
-        state.ema.update(self.model, state.step)
         state.step += 1
         means = {**{name: loss.mean() for name, loss in losses.items()}, "grad_norm": norm}
         return {"step": state.step, **{name: round(float(value), 6) for name, value in means.items()}}
