@@ -2,6 +2,7 @@
 # make test    all tests            make lint    format, types, style
 # make bench   speed and parity     make clean   forget the environment and the builds
 #              (BENCH=--quick: reduced shapes in a minute or two, the README stays)
+# make study   guidance compared    (docs/study.md; half an hour at most, and goes on where it was stopped)
 #
 # Each verb sets up what it needs in .venv. PYTHON chooses the interpreter (>= 3.10), TORCH the release of torch.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BENCH ?= --readme
 FONT := $(VENV)/font
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test lint bench study format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -33,6 +34,9 @@ lint: $(INSTALLED) $(TOOLS)
 
 bench: $(INSTALLED) $(TOOLS) $(PEERS)
 	$(BIN)/python -m bench $(BENCH)
+
+study: $(INSTALLED) $(TOOLS) $(FONT)
+	$(BIN)/glide-fast study --out docs --work build/study
 
 format: $(TOOLS)
 	$(BIN)/ruff format .

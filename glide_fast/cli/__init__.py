@@ -20,6 +20,7 @@ from glide_fast.cli.files import Convert, Data, Models
 from glide_fast.cli.judge import Draw, Evaluate, Judge
 from glide_fast.cli.learn import Plan, Train
 from glide_fast.cli.sample import Sample
+from glide_fast.cli.study import Study
 from glide_fast.compat import run as compat
 from glide_fast.training import LostProcessError, NonFiniteLossError
 
@@ -53,6 +54,7 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Draw, subcommand("draw")]
     | Annotated[Judge, subcommand("judge")]
+    | Annotated[Study, subcommand("study")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Convert, subcommand("convert")]

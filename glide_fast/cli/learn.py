@@ -49,7 +49,7 @@ class Plan:
     """Parts in which a GPU takes its share of a batch. Default: the recipe's, or 1."""
     images: float | None = None
     """Pictures to learn from until the run ends. Default: the recipe's steps, or 100 million."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the activations. Default: the recipe's, or bfloat16."""
     sharding: Literal["ddp", "fsdp"] | None = None
     """ddp: everything on every GPU. fsdp: weights and what belongs to them divided among the GPUs.

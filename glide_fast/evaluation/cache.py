@@ -41,7 +41,7 @@ def cached(extractor: Extractor, folder: Path | None = None) -> Extractor:
 def feature_file(identity: str, pictures: NDArray[np.uint8], folder: Path) -> Path:
     """Where the features of these very pictures are kept."""
     digest = hashlib.sha256(f"{identity} {pictures.dtype} {pictures.shape} ".encode())
-    digest.update(memoryview(np.ascontiguousarray(pictures)))
+    digest.update(np.ascontiguousarray(pictures).data)
     key = digest.hexdigest()
     return folder / key[:2] / f"{key}.npz"
 
