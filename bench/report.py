@@ -33,14 +33,14 @@ def table(record: Record) -> str:
     parts = [_machine(record)]
     for suite in dict.fromkeys(row.suite for row in record.speed):
         rows = [row for row in record.speed if row.suite == suite]
-        parts.append(f"### {suite}\n\n" + _markdown(_SPEED_HEAD, map(_long, rows)))
+        parts.append(f"### {suite}\n\n" + markdown(_SPEED_HEAD, map(_long, rows)))
     return "\n\n".join([*parts, *_rest(record)]) + "\n"
 
 
 def short_table(record: Record) -> str:
     """What the README shows: whole networks, pictures, training."""
     rows = [row for row in record.speed if row.suite in README_SUITES]
-    return "\n\n".join([_markdown(_SHORT_HEAD, map(_short, rows)), *_rest(record), _machine(record)])
+    return "\n\n".join([markdown(_SHORT_HEAD, map(_short, rows)), *_rest(record), _machine(record)])
 
 
 def update_readme(path: Path, record: Record, pictures: str) -> None:
@@ -66,7 +66,7 @@ def update_readme(path: Path, record: Record, pictures: str) -> None:
 def _rest(record: Record) -> list[str]:
     parts = []
     if record.memory:
-        parts.append(_markdown(_MEMORY_HEAD, map(_memory, record.memory)))
+        parts.append(markdown(_MEMORY_HEAD, map(_memory, record.memory)))
     if record.absent:
         reasons = (f"- {case}, {peer}: {reason}" for case, peer, reason in record.absent)
         parts.append("Not in the table:\n\n" + "\n".join(reasons))
@@ -132,6 +132,7 @@ def _share(row: SpeedRow) -> str:
     return "–" if row.share is None else f"{100 * row.share:.0f} %"
 
 
-def _markdown(head: tuple[str, ...], rows: Iterable[list[str]]) -> str:
+def markdown(head: tuple[str, ...], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
     lines = [list(head), ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

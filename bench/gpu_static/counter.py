@@ -1,0 +1,136 @@
+"""Counts the launches of a computation on CUDA tensors that have no memory.
+
+An operator of PyTorch costs what :mod:`bench.gpu_static.aten` says. An operator of ours is served as on a
+GPU: by what is registered for the CUDA key, which runs on the memoryless tensors up to its kernels; these
+are written down in place of being launched. So whatever a launcher does around its kernels, copies and
+buffers, is counted as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import glide_fast.ops.flops  # noqa: F401 (tells the registry of our ops)
+from bench.gpu_static import aten
+from bench.gpu_static.launches import Launch, is_half, moved
+
+CAPABILITY = (9, 0)  # of the device that is counted for
+# CUDA has kernels of these, for which a decomposition would be found.
+_WHOLE = {torch.ops.aten.upsample_nearest2d, torch.ops.aten.upsample_bilinear2d}
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down every launch inside its context."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the operator and write its launches down."""
+        kwargs = kwargs or {}
+        if func is torch.ops.glide_fast.adamw.default:
+            self.launches += aten.adamw(args)
+            return func(*args)
+        if func.namespace == "glide_fast" and any(each.is_cuda for each in aten.tensors_of(args)):
+            return self._served(func, args)
+        if func._overloadpacket not in _WHOLE and func.namespace != "prim" and func._can_decompose():
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self.launches += aten.launches(func, args, kwargs, out)
+        return out
+
+    def _served(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What serves the operator on CUDA; its FLOPs go to the largest kernel where none states its own."""
+        first = len(self.launches)
+        with self:
+            out = func.redispatch(_CUDA, *args)
+        name = func._schema.name.removeprefix("glide_fast::")
+        mine = [replace(each, op=name) for each in self.launches[first:]]
+        formula = flop_registry.get(func._overloadpacket)
+        if mine and formula and not any(each.flops for each in mine):
+            largest = max(range(len(mine)), key=lambda index: mine[index].moved)
+            flops = int(formula(*args, out_val=out))
+            mine[largest] = replace(mine[largest], flops=flops, half=is_half(aten.tensors_of(args)))
+        self.launches[first:] = mine
+        return out
+
+    def kernel(self, jit: Any, arguments: dict[str, Any]) -> None:
+        """Write down a Triton kernel that is about to be launched with these arguments.
+
+        It moves each of its tensors once, unless its module says more: ``WORK`` maps a kernel's name to a
+        function of its arguments that returns bytes and FLOPs.
+        """
+        name = jit.fn.__name__
+        stated = getattr(sys.modules.get(jit.fn.__module__), "WORK", {}).get(name)
+        tensors = [getattr(each, "base", each) for each in arguments.values()]
+        tensors = [each for each in tensors if isinstance(each, Tensor)]
+        work = stated(arguments) if stated else (moved(tensors), 0)
+        self.launches.append(Launch(name, "triton", *work, is_half(tensors)))
+
+
+@contextmanager
+def _device(counter: LaunchCounter) -> Iterator[None]:
+    """Make launchers believe in the device, and hand their kernels to the counter."""
+    with ExitStack() as stack:
+        patch = stack.enter_context
+        patch(mock.patch.object(FakeTensor, "data_ptr", create=True, return_value=0))
+        if not torch.cuda.is_available():
+            patch(mock.patch.object(torch.cuda, "device", return_value=nullcontext()))
+            patch(mock.patch.object(torch.cuda, "current_device", return_value=0))
+            patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY))
+        try:
+            from triton.runtime.jit import JITFunction
+        except ImportError:
+            yield
+            return
+
+        def write_down(jit: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+            counter.kernel(jit, {**dict(zip(jit.arg_names, args, strict=False)), **kwargs})
+
+        patch(mock.patch.object(JITFunction, "run", write_down))
+        yield
+
+
+def count(build: Callable[[], Callable[[], object]]) -> list[Launch]:
+    """The launches of the second call of what ``build`` returns; all runs on tensors without memory."""
+    counter = LaunchCounter()
+    with FakeTensorMode(allow_non_fake_inputs=True), _device(counter):
+        call = build()
+        with counter:
+            call()
+            counter.launches.clear()  # with them what is made once
+            call()
+    return counter.launches
+
+
+def by_op(launches: Sequence[Launch]) -> list[tuple[str, str, int, int]]:
+    """Operator, kernel, number of launches and bytes, the most frequent first."""
+    numbers: Counter[tuple[str, str]] = Counter()
+    bytes_: Counter[tuple[str, str]] = Counter()
+    for each in launches:
+        numbers[each.op, each.kernel] += 1
+        bytes_[each.op, each.kernel] += each.moved
+    return [(*key, number, bytes_[key]) for key, number in numbers.most_common()]

@@ -1,0 +1,298 @@
+"""What is counted: a step of each published network, by us and as the original code computes it.
+
+Inference is float16: ours as OpenAI's, with embeddings, norms and the output in float32; the original's
+plain form with nothing but norms in float32, which saves it casts. Training is bfloat16 (the original:
+float16) with float32 weights: the loss, its gradients, AdamW and the moving average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers.clip import PlainNoisyPictures
+from bench.peers.unet import PlainUNet
+from glide_fast import ops
+from glide_fast.compat.half import (
+    get_param_groups_and_shapes,
+    make_master_params,
+    master_params_to_model_params,
+    model_grads_to_master_grads,
+)
+from glide_fast.diffusion import GaussianDiffusion, Schedule
+from glide_fast.diffusion.losses import hybrid_loss
+from glide_fast.models import NoisyCLIP, NoisyCLIPConfig, UNet, UNetConfig
+from glide_fast.models.layers import PointwiseConv
+from glide_fast.models.presets import preset
+from glide_fast.ops import StepNumbers
+from glide_fast.sampling import noisy_clip_gradient
+from glide_fast.training.config import OptimizerConfig
+
+Call = Callable[[], object]
+Build = Callable[[], Call]
+Network = TypeVar("Network", bound=nn.Module)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, PointwiseConv)
+_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A step, and the launches and bytes that ours may take."""
+
+    name: str
+    ours: Build
+    upstream: Build
+    most_launches: int | None = None
+    most_bytes: float | None = None
+
+
+def halved(network: Network, chosen: Callable[[str, nn.Module], bool]) -> Network:
+    """The network for inference, the parameters of the chosen modules in float16."""
+    for name, module in network.named_modules():
+        dtype = torch.float16 if chosen(name, module) else None
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = parameter.detach().to(dtype or parameter.dtype)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    return network.eval()
+
+
+def _in_blocks(name: str, module: nn.Module) -> bool:
+    """OpenAI's choice for its U-Nets."""
+    return name.split(".")[0] in _BLOCKS and isinstance(module, _CONVOLUTIONS)
+
+
+def _but_norms(_name: str, module: nn.Module) -> bool:
+    return not isinstance(module, nn.GroupNorm | nn.LayerNorm)
+
+
+def _pictures(config: UNetConfig, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    x = torch.empty(batch, config.image_channels, config.image_size, config.image_size)
+    small = config.image_size // 4
+    given = {"low_res": torch.empty(batch, 3, small, small)} if config.low_res else {}
+    return x, torch.empty(batch, dtype=torch.int64), given
+
+
+def _words(config: UNetConfig, batch: int) -> tuple[Tensor, Tensor]:
+    if config.text is None:
+        raise ValueError("the counted U-Nets have text")
+    shape = batch, config.text.context
+    return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+
+def our_step(config: UNetConfig, batch: int) -> Build:
+    """One evaluation of a U-Net, its text encoded before."""
+
+    def build() -> Call:
+        with torch.device("cuda"), torch.no_grad():
+            network = halved(UNet(config, compute_dtype=torch.float16), _in_blocks)
+            x, timesteps, given = _pictures(config, batch)
+            text = network.text(*_words(config, batch))
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return network(x, timesteps, text=text, **given)  # type: ignore[no-any-return]
+
+        return call
+
+    return build
+
+
+def upstream_step(config: UNetConfig, batch: int, *, text_once: bool = True) -> Build:
+    """The same as the original code computes it, which encodes the text each time unless told otherwise."""
+
+    def build() -> Call:
+        with torch.device("cuda"), torch.no_grad():
+            network = halved(PlainUNet(config), _but_norms)
+            x, timesteps, given = _pictures(config, batch)
+            x, given = x.half(), {name: each.half() for name, each in given.items()}
+            words = _words(config, batch)
+            if text_once:
+                pooled, sequence = network.encode_text(*words)
+                given |= {"pooled": pooled, "sequence": sequence.permute(0, 2, 1).contiguous()}
+            else:
+                given |= {"tokens": words[0], "mask": words[1]}
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return network(x, timesteps, **given)  # type: ignore[no-any-return]
+
+        return call
+
+    return build
+
+
+def our_clip(config: NoisyCLIPConfig, batch: int) -> Build:
+    """The gradient of the noise-aware CLIP, which guides a sampler."""
+
+    def build() -> Call:
+        with torch.device("cuda"):
+            network = halved(NoisyCLIP(config), lambda _name, _module: False)
+            x, timesteps = torch.empty(batch, 3, config.image_size, config.image_size), _times(batch)
+            texts = torch.empty(batch, config.embedding)
+        gradient = noisy_clip_gradient(network, texts, scale=1.0)
+        return lambda: gradient(x, timesteps)
+
+    return build
+
+
+def upstream_clip(config: NoisyCLIPConfig, batch: int) -> Build:
+    """The same as the original code computes it."""
+
+    def build() -> Call:
+        with torch.device("cuda"):
+            network = halved(PlainNoisyPictures(config), lambda _name, _module: False)
+            x, timesteps = torch.empty(batch, 3, config.image_size, config.image_size), _times(batch)
+            texts = torch.empty(batch, config.embedding)
+        network.to("cuda")
+
+        def call() -> Tensor:
+            pictures = x.detach().requires_grad_()
+            return torch.autograd.grad(network(pictures, timesteps, texts).sum(), pictures)[0]
+
+        return call
+
+    return build
+
+
+def _times(batch: int) -> Tensor:
+    return torch.empty(batch, dtype=torch.int64)
+
+
+class _Lesson:
+    """What a training step learns from, and its loss."""
+
+    def __init__(self, config: UNetConfig, batch: int, answer: Callable[..., Tensor]) -> None:
+        self.answer = answer
+        self.diffusion = GaussianDiffusion(schedule=Schedule.create("cosine", 1000, ""))
+        self.pictures, self.steps, _ = _pictures(config, batch)
+        self.noise = torch.empty_like(self.pictures)
+        self.tokens, self.mask = _words(config, batch)
+
+    def loss(self) -> Tensor:
+        """The mean over the batch of the hybrid loss."""
+        x = self.diffusion.q_sample(self.pictures, self.steps, self.noise)
+        output = self.answer(
+            x, self.diffusion.model_timesteps(self.steps), tokens=self.tokens, mask=self.mask
+        )
+        return hybrid_loss(self.diffusion, output, self.pictures, x, self.steps, self.noise).loss.mean()
+
+
+def _optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """PyTorch's AdamW that has its state already."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def our_training(config: UNetConfig, batch: int) -> Build:
+    """Bfloat16 activations, float32 weights, AdamW and the average of the weights as the trainer has them."""
+
+    def build() -> Call:
+        with torch.device("cuda"):
+            network = UNet(config, compute_dtype=torch.bfloat16).train()
+            lesson = _Lesson(config, batch, network)
+        parameters = [each.detach() for each in network.parameters()]
+        first, second, average = ([torch.zeros_like(each) for each in parameters] for _ in range(3))
+        settings = OptimizerConfig()
+        numbers = StepNumbers.of(
+            1, rate=1e-4, betas=settings.betas, eps=1e-8, decay=settings.weight_decay, share=1e-4
+        )
+
+        def call() -> None:
+            network.zero_grad(set_to_none=True)
+            lesson.loss().backward()  # type: ignore[no-untyped-call]
+            gradients = [each.grad for each in network.parameters() if each.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            factor = (settings.clip / (norm + 1e-6)).clamp(max=1)
+            with torch.no_grad():
+                every = [numbers] * len(parameters)
+                ops.adamw(parameters, gradients, first, second, every, average=average, factor=factor)
+
+        return call
+
+    return build
+
+
+def upstream_training(config: UNetConfig, batch: int) -> Build:
+    """The original's mixed precision: its master weights are two vectors, copied from and to the network."""
+
+    def build() -> Call:
+        with torch.device("cuda"):
+            network = halved(PlainUNet(config), _but_norms).requires_grad_(True).train()
+
+            def answer(x: Tensor, timesteps: Tensor, **given: Tensor) -> Tensor:
+                return network(x.half(), timesteps, **given).float()
+
+            lesson = _Lesson(config, batch, answer)
+        groups = get_param_groups_and_shapes(network.named_parameters())
+        masters = make_master_params(groups)
+        optimizer = _optimizer(masters)
+        averages = [master.detach().clone() for master in masters]
+
+        def call() -> None:
+            network.zero_grad(set_to_none=True)
+            (lesson.loss() * 2.0**20).backward()  # type: ignore[no-untyped-call]
+            model_grads_to_master_grads(groups, masters)
+            for master in masters:
+                if master.grad is not None:
+                    master.grad.mul_(2.0**-20)
+            optimizer.step()
+            master_params_to_model_params(groups, masters)
+            for average, master in zip(averages, masters, strict=True):
+                average.mul_(0.9999).add_(master.detach(), alpha=1e-4)
+
+        return call
+
+    return build
+
+
+def workloads() -> list[Workload]:
+    """The published networks, with the goals that are set for them."""
+    base, upsampler = preset("glide-base").unet, preset("glide-upsample").unet
+    clip = preset("glide-clip", NoisyCLIPConfig)
+    return [
+        Workload(
+            name="base 64 px, batch 2",
+            ours=our_step(base, 2),
+            upstream=upstream_step(base, 2),
+            most_launches=340,
+            most_bytes=1.6e9,
+        ),
+        Workload(
+            name="base 64 px, batch 2, the original encoding its text in each step",
+            ours=our_step(base, 2),
+            upstream=upstream_step(base, 2, text_once=False),
+        ),
+        Workload(
+            name="upsampler 256 px, batch 1",
+            ours=our_step(upsampler, 1),
+            upstream=upstream_step(upsampler, 1),
+        ),
+        Workload(
+            name="upsampler 256 px, batch 2",
+            ours=our_step(upsampler, 2),
+            upstream=upstream_step(upsampler, 2),
+            most_launches=350,
+            most_bytes=8.0e9,
+        ),
+        Workload(
+            name="noise-aware CLIP, gradient, batch 4",
+            ours=our_clip(clip, 4),
+            upstream=upstream_clip(clip, 4),
+        ),
+        Workload(
+            name="base 64 px, training, batch 64",
+            ours=our_training(base, 64),
+            upstream=upstream_training(base, 64),
+            most_launches=1250,
+            most_bytes=120e9,
+        ),
+    ]
