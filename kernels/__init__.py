@@ -24,7 +24,16 @@ class Kernel(NamedTuple):
     covers: str  # "float32, bfloat16 and float16; all else by the default"
 
 
+_ATTENTION = "float32, bfloat16, float16; heads of up to 128 channels; all else by the reference"
+_GROUP_NORM = (
+    "float32, bfloat16, float16, any strides; resampling of maps (1-D and 3-D inputs are resampled by the "
+    "reference); all else by the reference"
+)
 REGISTERED: dict[str, Kernel] = {
+    "attention": Kernel("attention", _ATTENTION),
+    "attention_backward": Kernel("attention_backward", _ATTENTION),
+    "group_norm": Kernel("group_norm", _GROUP_NORM),
+    "group_norm_backward": Kernel("group_norm_backward", _GROUP_NORM),
     "adamw": Kernel("adamw", "float32 weights, gradients of any width; all else by the reference"),
     "sampler_step": Kernel(
         "sampler_step", "float32 pictures and outputs of any width; all else by the reference"

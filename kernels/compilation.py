@@ -33,15 +33,17 @@ class Case:
     """One kernel with everything that fixes its machine code.
 
     `signature` gives each argument in order: "*fp16:16" is a pointer, and "i32:16" a number, that 16 divides;
-    "tensordesc<fp16[64,64]>" a host descriptor; "constexpr" takes its value from `constants`.
+    "tensordesc<fp16[64,64]>" a host descriptor; "constexpr" takes its value from `constants`, where None can
+    stand for an absent tensor; a tuple of numbers is a tuple here.
     """
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None = None  # the most a thread may have
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Resources:
     registers: int  # a thread
     spills: int  # loads and stores of local memory, or spilled registers on AMD
     shared: int  # bytes a block
-    tensor_core: int
+    tensor_core: int  # matrix products of every kind
+    warpgroup: int  # those of them that four warps issue together: HGMMA on sm_90, UTC*MMA on sm_100
     tma: int
     wide_loads: int  # of 128 bits a thread, from global memory
     wide_stores: int
@@ -96,14 +99,11 @@ def compile_case(case: Case, target: str) -> Resources:
         raise RuntimeError(
             "TRITON_INTERPRET=1 interprets the kernels; unset it in a process that compiles them"
         )
-    signature = {name: kind.removesuffix(":16") for name, kind in case.signature.items()}
-    divisible = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(case.signature.values())
-        if kind.endswith(":16")
-    }
+    signature, divisible = _specialized(case.signature)
     source = ASTSource(case.kernel, signature, dict(case.constants), divisible)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    if case.registers is not None:
+        options["maxnreg"] = case.registers
     compiled = triton.compile(source, target=gpu_target(target), options=options)
     read = _read_cubin if "cubin" in compiled.asm else _read_amd
     return Resources(
@@ -113,6 +113,20 @@ def compile_case(case: Case, target: str) -> Resources:
         shared=compiled.metadata.shared,
         **read(compiled.asm),
     )
+
+
+def _specialized(signature: Mapping[str, str | tuple[str, ...]]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Triton's own signature, and its attributes by the path of an argument: what 16 divides."""
+    kinds, divisible = {}, {}
+    for index, (name, kind) in enumerate(signature.items()):
+        parts = kind if isinstance(kind, tuple) else (kind,)
+        plain = tuple(part.removesuffix(":16") for part in parts)
+        kinds[name] = plain if isinstance(kind, tuple) else plain[0]
+        for place, part in enumerate(parts):
+            if part.endswith(":16"):
+                path = (index, place) if isinstance(kind, tuple) else (index,)
+                divisible[path] = [["tt.divisibility", 16]]
+    return kinds, divisible
 
 
 def _read_cubin(asm: Mapping[str, Any]) -> dict[str, int]:
@@ -133,6 +147,7 @@ def _read_cubin(asm: Mapping[str, Any]) -> dict[str, int]:
     return {
         "registers": int(registers[1]) if registers else 0,
         "spills": _count(r"\b(STL|LDL)\b", sass),
+        "warpgroup": _count(r"\b(HGMMA|QGMMA|UTC\w*MMA)\b", sass),
         "tensor_core": _count(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|QMMA)\b", sass),
         "tma": _count(r"\bUTMA(LDG|STG|REDG)\b", sass),
         "wide_loads": _count(r"\b(LDG|LDGSTS)\.[\w.]*128", sass),
@@ -151,6 +166,7 @@ def _read_amd(asm: Mapping[str, Any]) -> dict[str, int]:
         "registers": noted("vgpr_count"),
         "spills": noted("vgpr_spill_count"),
         "tensor_core": _count(r"\bv_mfma_", text),
+        "warpgroup": 0,
         "tma": 0,
         "wide_loads": _count(r"\b(global|buffer)_load_dwordx4\b", text),
         "wide_stores": _count(r"\b(global|buffer)_store_dwordx4\b", text),

@@ -23,17 +23,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a kernel is cut: rows and columns of its tile (TABLE says which they are), warps, stages."""
+    """How a kernel is cut: rows and columns of its tile (TABLE says which they are), warps, stages.
+
+    `registers` is the most a thread may have, on NVIDIA's GPUs alone; None leaves it to the assembler.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Launch options that every kernel is given, also when it is compiled without a GPU."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **limit}
 
 
 # The first row that fits is taken; None fits everything. A shape class is a number: the row fits up to it.
@@ -49,12 +54,19 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention", ("sm_100",), 32, 128, Configuration(64, 32, 8, 2)),
     ("attention", ("sm_80",), 32, 128, Configuration(32, 32, 4, 2)),
     ("attention", None, 32, 128, Configuration(16, 32, 4, 1)),
-    ("attention_backward", None, 16, 128, Configuration(64, 64, 4, 1)),
-    ("attention_backward", None, 32, 128, Configuration(32, 32, 4, 1)),
+    ("attention_backward", ("gfx942",), None, None, Configuration(32, 32, 4, 1)),
+    ("attention_backward", ("sm_80", "sm_120"), 16, 64, Configuration(64, 32, 4, 1)),
+    ("attention_backward", ("sm_80", "sm_120"), 16, 128, Configuration(32, 32, 4, 1)),
+    ("attention_backward", None, 16, 64, Configuration(64, 64, 4, 1)),
+    ("attention_backward", None, 16, 128, Configuration(64, 64, 8, 1)),
+    ("attention_backward", ("sm_90",), 32, 64, Configuration(32, 16, 4, 1)),
+    ("attention_backward", None, 32, 64, Configuration(16, 32, 4, 1)),
+    ("attention_backward", None, 32, 128, Configuration(16, 16, 4, 1)),
     # rows are pixels, columns channels, the shape class the pixels of a picture
     ("group_norm", None, None, None, Configuration(64, 64, 8, 1)),
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
-    ("group_norm_backward", None, None, None, Configuration(64, 64, 8, 1)),
+    ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 8, 1)),
+    ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
     # rows are pixels, columns channels, the shape class the widest tile that is worth its while
     ("convolution", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
     ("convolution", ("sm_120",), None, None, Configuration(128, 64, 8, 3)),

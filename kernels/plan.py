@@ -49,7 +49,15 @@ class Launch:
             if kind == "constexpr":
                 constants[parameter.name] = value
         configuration = self.configuration
-        return Case(name, self.kernel, signature, constants, configuration.warps, configuration.stages)
+        return Case(
+            name,
+            self.kernel,
+            signature,
+            constants,
+            configuration.warps,
+            configuration.stages,
+            configuration.registers,
+        )
 
 
 def start(launches: Iterable[Launch]) -> None:
