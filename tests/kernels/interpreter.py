@@ -7,11 +7,15 @@ casts round to nearest even, and sums, products or comparisons of bfloat16 raise
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glide_fast import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,6 +37,20 @@ def start() -> None:
             "Triton was imported before TRITON_INTERPRET was set; run pytest tests/kernels first"
         )
     _mend_bfloat16()
+
+
+class use_kernels(TorchDispatchMode):  # noqa: N801 (reads as a verb)
+    """Context in which the registered kernels serve their ops on any device, also interpreted on the CPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the kernel in place of an op that has one."""
+        op = func.name().removeprefix("glide_fast::").removesuffix(".default")
+        if func.namespace != "glide_fast" or op not in kernels.REGISTERED:
+            return func(*args, **(kwargs or {}))
+        module = importlib.import_module(f"glide_fast.kernels.{kernels.REGISTERED[op].module}")
+        return getattr(module, op)(*args, **(kwargs or {}))
 
 
 def environment() -> dict[str, str]:
