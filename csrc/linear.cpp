@@ -13,6 +13,7 @@ namespace glide_fast {
 namespace {
 
 constexpr int64_t BLOCK_FLOATS = 1 << 16;  // of a block of A's rows: a share of the second cache
+constexpr int64_t CHUNK = 512;             // of the depth, at most
 constexpr int64_t TASKS_PER_THREAD = 4;
 
 // [depth, columns] with any strides -> [panels, depth, PANEL], in memory that is given.
@@ -61,7 +62,9 @@ void multiply(Tensor a, OptionalTensor second, Tensor b, int64_t columns, Option
     problem.output = mutable_data(output);
 
     const int64_t wanted = TASKS_PER_THREAD * static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t fitting = std::max<int64_t>(BLOCK_FLOATS / std::max<int64_t>(problem.depth(), 1), 24);
+    problem.chunk = CHUNK;
+    const int64_t depth = std::min(problem.chunk, std::max<int64_t>(problem.depth(), 1));
+    const int64_t fitting = std::max<int64_t>(BLOCK_FLOATS / depth, 24);
     const int64_t blocks = std::max(divide_up(problem.rows, fitting), divide_up(wanted, problem.panels));
     problem.block_rows = std::max<int64_t>(divide_up(problem.rows, blocks), 1);
     const int64_t tasks = divide_up(problem.rows, problem.block_rows) * problem.panels;

@@ -24,6 +24,7 @@ struct LinearProblem {
     const float* residual;  // [rows, columns] or null
     float* output;
     int64_t block_rows;  // rows of a task
+    int64_t chunk;       // of the depth at a time, at most
     int64_t panels;
 
     int64_t depth() const { return sources[0].depth + sources[1].depth; }

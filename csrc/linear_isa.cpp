@@ -9,8 +9,10 @@ namespace {
 using glide_fast::LinearProblem;
 using glide_fast::LinearSource;
 
+constexpr int64_t GROUP = 12;  // panels whose sums are kept while the depth is gone through
+
 int64_t scratch(const LinearProblem& problem) {
-    return problem.block_rows * PANEL;
+    return GROUP * problem.block_rows * PANEL;
 }
 
 template <Activation KIND>
@@ -41,21 +43,89 @@ void finish(const LinearProblem& problem, const float* sums, int64_t first_row, 
     finish_this(problem, sums, first_row, rows, first);
 }
 
-void multiply(const LinearProblem& problem, int64_t begin, int64_t end, float* sums) {
-    for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / problem.panels, panel = task % problem.panels;
-        const int64_t first = block * problem.block_rows;
-        const int64_t rows = smaller(problem.block_rows, problem.rows - first);
-        const float* b = problem.b + panel * problem.b_panel;
-        bool add = false;
-        for (const LinearSource& source : problem.sources) {
-            if (source.depth == 0) continue;
-            multiply_panel<LONG_SUMS>({source.data + first * source.row, source.row, source.column}, rows, b,
-                                      problem.b_row, source.depth, sums, PANEL, add);
-            b += source.depth * problem.b_row;
-            add = true;
+// Begins to load a cache line with each step in depth.
+struct LoadAhead {
+    const float* data;
+
+    void operator()(int64_t k) const { __builtin_prefetch(data + k * glide_fast::CACHE_LINE_FLOATS, 0, 2); }
+};
+
+// The part of the weights that one product reads: rows of a panel.
+struct Part {
+    const float* data;
+    int64_t row;
+};
+
+// sums [rows, PANEL] = A [rows, depth] B, or added. The first steps begin to load what comes next: B is read
+// once a block of rows, so it comes from memory or a far cache, which processors foresee up to the next page.
+void multiply_part(Matrix a, int64_t rows, Part b, int64_t depth, float* sums, bool add, const float* next) {
+    constexpr int64_t LINES = PANEL / glide_fast::CACHE_LINE_FLOATS;
+    int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t row = 0, done = 0; row < rows; --steps, ++done) {
+        const int64_t count = (rows - row + steps - 1) / steps;
+        const Matrix block = {a.data + row * a.row, a.row, a.column};
+        for (int64_t column = 0; column < PANEL; column += WIDTH) {
+            const int64_t half = done * (PANEL / WIDTH) + column / WIDTH;
+            float* target = sums + row * PANEL + column;
+            if (half < LINES && b.row == PANEL)
+                AllProducts<LONG_SUMS, LoadAhead>::BY_ROWS[count](
+                    block, b.data + column, b.row, depth, target, PANEL, add,
+                    {next + half * depth * glide_fast::CACHE_LINE_FLOATS});
+            else
+                AllProducts<LONG_SUMS>::BY_ROWS[count](block, b.data + column, b.row, depth, target, PANEL,
+                                                       add, {});
         }
-        finish(problem, sums, first, rows, panel * PANEL);
+        row += count;
+    }
+}
+
+void prefetch_output(const LinearProblem& problem, int64_t first_row, int64_t rows, int64_t first) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = (first_row + row) * problem.columns + first;
+        for (int64_t line = 0; line < PANEL; line += glide_fast::CACHE_LINE_FLOATS) {
+            __builtin_prefetch(problem.output + at + line, 1);
+            if (problem.residual != nullptr) __builtin_prefetch(problem.residual + at + line);
+        }
+    }
+}
+
+// Panels [panel, last) of a block of rows: through the depth in chunks, so that a chunk of these rows stays
+// in the second cache for all of the panels.
+void multiply_group(const LinearProblem& problem, int64_t first_row, int64_t rows, int64_t panel,
+                    int64_t last, float* sums) {
+    int64_t before = 0;
+    for (const LinearSource& source : problem.sources) {
+        const int64_t chunks = (source.depth + problem.chunk - 1) / problem.chunk;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const int64_t begin = source.depth * chunk / chunks, end = source.depth * (chunk + 1) / chunks;
+            const bool finished = before + end == problem.depth();
+            const float* data = source.data + first_row * source.row + begin * source.column;
+            for (int64_t p = panel; p < last; ++p) {
+                const float* b = problem.b + p * problem.b_panel + (before + begin) * problem.b_row;
+                const float* next = b + problem.b_panel;
+                if (p + 1 == last && !finished)
+                    next = problem.b + panel * problem.b_panel + (before + end) * problem.b_row;
+                else if (p + 1 == last)
+                    next = problem.b + last % problem.panels * problem.b_panel;
+                float* own = sums + (p - panel) * rows * PANEL;
+                if (finished) prefetch_output(problem, first_row, rows, p * PANEL);
+                multiply_part({data, source.row, source.column}, rows, {b, problem.b_row}, end - begin, own,
+                              before + begin > 0, next);
+                if (finished) finish(problem, own, first_row, rows, p * PANEL);
+            }
+        }
+        before += source.depth;
+    }
+}
+
+void multiply(const LinearProblem& problem, int64_t begin, int64_t end, float* sums) {
+    for (int64_t task = begin; task < end;) {
+        const int64_t block = task / problem.panels, panel = task % problem.panels;
+        const int64_t count = smaller(GROUP, smaller(problem.panels - panel, end - task));
+        const int64_t first = block * problem.block_rows;
+        multiply_group(problem, first, smaller(problem.block_rows, problem.rows - first), panel,
+                       panel + count, sums);
+        task += count;
     }
 }
 

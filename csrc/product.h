@@ -28,14 +28,22 @@ struct Matrix {
     int64_t row, column;  // strides
 };
 
-// C [ROWS, WIDTH] = A [ROWS, depth] B [depth, WIDTH], or added to what C holds.
-template <int64_t PARTIAL_DEPTH, int64_t ROWS>
-void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool add) {
+// Does nothing beside a product's steps in depth.
+struct NothingBeside {
+    void operator()(int64_t) const {}
+};
+
+// C [ROWS, WIDTH] = A [ROWS, depth] B [depth, WIDTH], or added to what C holds; `beside` is called with each
+// step in depth.
+template <int64_t PARTIAL_DEPTH, int64_t ROWS, typename Beside = NothingBeside>
+void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool add,
+             Beside beside = {}) {
     for (int64_t begin = 0; begin < depth; begin += PARTIAL_DEPTH) {
         const int64_t end = begin + PARTIAL_DEPTH < depth ? begin + PARTIAL_DEPTH : depth;
         Vector left[ROWS] = {}, right[ROWS] = {};
         for (int64_t k = begin; k < end; ++k) {
             const Vector first = load(b + k * b_row), second = load(b + k * b_row + LANES);
+            beside(k);
 #pragma GCC unroll 16
             for (int64_t row = 0; row < ROWS; ++row) {
                 const Vector value = splat(a.data[row * a.row + k * a.column]);
@@ -53,18 +61,19 @@ void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, i
     }
 }
 
-using Product = void (*)(Matrix, const float*, int64_t, int64_t, float*, int64_t, bool);
+template <typename Beside>
+using Product = void (*)(Matrix, const float*, int64_t, int64_t, float*, int64_t, bool, Beside);
 
-template <int64_t PARTIAL_DEPTH, int64_t... ROWS>
+template <typename Beside, int64_t PARTIAL_DEPTH, int64_t... ROWS>
 struct Products {
-    static constexpr Product BY_ROWS[] = {nullptr, product<PARTIAL_DEPTH, ROWS>...};
+    static constexpr Product<Beside> BY_ROWS[] = {nullptr, product<PARTIAL_DEPTH, ROWS, Beside>...};
 };
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
-template <int64_t PARTIAL_DEPTH>
-using AllProducts = Products<PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+template <int64_t PARTIAL_DEPTH, typename Beside = NothingBeside>
+using AllProducts = Products<Beside, PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
 #else
-template <int64_t PARTIAL_DEPTH>
-using AllProducts = Products<PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6>;
+template <int64_t PARTIAL_DEPTH, typename Beside = NothingBeside>
+using AllProducts = Products<Beside, PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6>;
 #endif
 
 // C [rows, PANEL] = A [rows, depth] B [depth, PANEL], or added to what C holds. Any number of rows: they are
@@ -78,7 +87,7 @@ void multiply_panel(Matrix a, int64_t rows, const float* b, int64_t b_row, int64
         const Matrix block = {a.data + row * a.row, a.row, a.column};
         for (int64_t column = 0; column < PANEL; column += WIDTH)
             AllProducts<PARTIAL_DEPTH>::BY_ROWS[count](block, b + column, b_row, depth,
-                                                       c + row * c_row + column, c_row, add);
+                                                       c + row * c_row + column, c_row, add, {});
         row += count;
     }
 }
