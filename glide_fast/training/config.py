@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,7 @@ from glide_fast.models.encoder import EncoderConfig
 from glide_fast.models.noisy_clip import NoisyCLIPConfig
 
 TaskName = Literal["base", "upsampler", "inpaint", "inpaint_upsampler", "adm", "classifier", "clip"]
+LARGEST_SCALE = 2.0**24
 SECTIONS: dict[TaskName, str] = {"classifier": "classifier", "clip": "clip"}  # the others': "model"
 
 
@@ -68,6 +70,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """What float16 multiplies the loss by: at first ``initial``, half as much where gradients overflow.
+
+    Twice as much after ``growth_interval`` steps without an overflow. After ``most_halvings`` in a row the
+    run stops and says where the gradient is not finite.
+    """
+
+    initial: float = 65536.0
+    growth_interval: int = 2000
+    most_halvings: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """The pictures a run draws from its EMA weights, always with the same prompts and seeds.
 
@@ -89,6 +104,8 @@ class TrainConfig:
     the two others read pictures with the ``noise`` of a diffusion model. ``caption_drop`` is the share of
     captions that a diffusion model with text does not see.
 
+    ``compute_dtype`` is that of the activations; weights, their gradients, the optimiser's moments and the
+    average are always float32. "float16", for GPUs without "bfloat16", has its loss scaled (``scaling``).
     Of several processes each has all weights ("ddp") or a share of them ("fsdp"); with
     ``checkpoint_activations`` blocks compute theirs again in the backward pass.
     """
@@ -109,7 +126,8 @@ class TrainConfig:
     caption_drop: float = 0.2
     timesteps: Literal["uniform", "noisy", "loss_second_moment"] = "uniform"
     weighting: Literal["simple", "v"] = "simple"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     sharding: Literal["ddp", "fsdp"] = "ddp"
     checkpoint_activations: bool = False
     seed: int = 0
@@ -176,6 +194,21 @@ class TrainConfig:
         yield self.data.window >= 1, f"data.window {self.data.window} must be at least 1"
         yield samples.every >= 1, f"samples.every {samples.every} must be at least 1"
         yield samples.count >= 0, f"samples.count {samples.count} must be at least 0"
+        yield from self._scaling_rules()
+
+    def _scaling_rules(self) -> Iterator[tuple[bool, str]]:
+        scaling = self.scaling
+        yield (
+            1 <= scaling.initial <= LARGEST_SCALE and math.frexp(scaling.initial)[0] == 0.5,
+            f"scaling.initial {scaling.initial:g} must be a power of two, 1 to {LARGEST_SCALE:g}",
+        )
+        for name in ("growth_interval", "most_halvings"):
+            value = getattr(scaling, name)
+            yield value >= 1, f"scaling.{name} {value} must be at least 1"
+        yield (
+            self.compute_dtype == "float16" or scaling == ScalingConfig(),
+            f"compute_dtype {self.compute_dtype!r} needs no scaled loss; leave [scaling] out",
+        )
 
     def _network_rules(self) -> Iterator[tuple[bool, str]]:
         for section in ("model", "classifier", "clip"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from glide_fast.files import replacing
 
-NO_LOSSES = ("step", "grad_norm", "images_per_second")
+NO_LOSSES = ("step", "grad_norm", "loss_scale", "images_per_second")
 
 
 class RunLog:

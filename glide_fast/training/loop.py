@@ -13,8 +13,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -29,13 +31,14 @@ from glide_fast.models import save_model
 from glide_fast.models.noisy_clip import Tower
 from glide_fast.models.trunk import Stage
 from glide_fast.training.config import TrainConfig
-from glide_fast.training.diagnose import NonFiniteLossError, explain_non_finite
+from glide_fast.training.diagnose import NonFiniteLossError, look_at_gradients, look_at_outputs
 from glide_fast.training.distributed import World, gradient_exchange, joined, shared
 from glide_fast.training.draws import Draws
 from glide_fast.training.ema import ExponentialMovingAverage
 from glide_fast.training.initial import load_weights
 from glide_fast.training.log import RunLog, plot_losses, read_log, require_matplotlib
 from glide_fast.training.optimizer import clip_gradients, new_optimizer, update
+from glide_fast.training.scaling import LossScale
 from glide_fast.training.sources import open_source
 from glide_fast.training.state import TrainingState
 from glide_fast.training.tasks import TASKS, Batch, Task
@@ -83,6 +86,7 @@ class Trainer:
             model=self.model,
             ema=ExponentialMovingAverage(self.model, settings.ema),
             optimizer=new_optimizer(self.model, settings),
+            scale=LossScale(self.config.scaling if self.config.compute_dtype == "float16" else None),
             timesteps=timestep_sampler(self.config.timesteps, self.task.diffusion.steps),
             source=self.source,
             world=self.world,
@@ -93,15 +97,13 @@ class Trainer:
             temporary.write_text(to_json(self.config) + "\n", encoding="utf-8")
 
     def step(self) -> dict[str, float]:
-        """One optimiser step; its number, losses and gradient norm are returned.
+        """One optimiser step; its number, losses, gradient norm and, in float16, loss scale are returned.
 
         Raises:
-            NonFiniteLossError: names the step, the timesteps and the first bad module; the weights are
-                untouched.
+            NonFiniteLossError: names the step, the timesteps, the loss scale and the first bad module or
+                gradient; the weights are untouched.
         """
         config, state, world = self.config, self.state, self.world
-        seeds = np.random.SeedSequence((config.seed, state.step, 1 + world.rank)).generate_state(1)
-        torch.manual_seed(int(seeds[0]))  # dropout
         part = world.part(config.batch)
         draws = Draws.of_step(config.seed, state.step, config.batch, part)
         batch = self.task.batch(self.source.take(state.step, part), draws).to(world.device)
@@ -109,49 +111,82 @@ class Trainer:
         drawn = state.timesteps.sample(config.batch, np.random.default_rng((config.seed, state.step)))
         t, weights = (each[part].to(world.device) for each in drawn)
 
-        losses = self._gradients(batch, t, noise, weights)
-        norm, factor = clip_gradients(state.optimizer, self.model, config.optimizer.clip)
-        if not (torch.isfinite(losses["loss"]).all() and torch.isfinite(norm)):
-            self._stop(batch, t, noise)
+        losses, norm, factor = self._finite_gradients(batch, t, noise, weights)
+        scale = state.scale.value
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
         update(state.optimizer, state.ema, self.model, state.step, factor)
         state.timesteps.update(drawn[0], losses["loss"])
         state.step += 1
+        state.scale.succeed()
         means = {**{name: loss.mean() for name, loss in losses.items()}, "grad_norm": norm}
+        if config.compute_dtype == "float16":
+            means["loss_scale"] = torch.tensor(scale)
         return {"step": state.step, **{name: round(float(value), 6) for name, value in means.items()}}
+
+    def _finite_gradients(
+        self, batch: Batch, t: Tensor, noise: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """Gradients left in the parameters, at the loss scale where they are finite.
+
+        The losses of the whole batch [B], the gradients' norm and their factor are returned.
+        """
+        config, state = self.config, self.state
+        seeds = np.random.SeedSequence((config.seed, state.step, 1 + self.world.rank)).generate_state(1)
+        while True:
+            torch.manual_seed(int(seeds[0]))  # dropout
+            losses = self._gradients(batch, t, noise, weights)
+            norm, factor = clip_gradients(
+                state.optimizer, self.model, config.optimizer.clip, state.scale.value
+            )
+            finite = bool(torch.isfinite(losses["loss"]).all())
+            if finite and torch.isfinite(norm):
+                return losses, norm, factor
+            if not finite or not state.scale.halve():  # no scale mends a loss
+                self._stop(batch, t, noise, weights)
 
     def _gradients(self, batch: Batch, t: Tensor, noise: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Leave the gradient of the whole batch in the parameters; the losses of the whole batch [B]."""
         self.model.train()
         self.state.optimizer.zero_grad(set_to_none=True)
         parts: list[dict[str, Tensor]] = []
-        size = len(t) // self.config.accumulate
-        for start in range(0, len(t), size):
-            rows = slice(start, start + size)
-            with gradient_exchange(self.shared, last=start + size == len(t)):
+        for rows in self._parts(len(t)):
+            with gradient_exchange(self.shared, last=rows.stop == len(t)):
                 losses = self._loss(batch.part(rows), t[rows], noise[rows])
-                share = self.config.batch / self.world.size  # gradients are averaged over the processes
-                torch.autograd.backward((losses["loss"] * weights[rows]).sum().div(share))
+                torch.autograd.backward(self._objective(losses["loss"], weights[rows]))
             parts.append({name: loss.detach() for name, loss in losses.items()})
         return {name: self.world.gather(torch.cat([each[name] for each in parts])) for name in parts[0]}
+
+    def _parts(self, rows: int) -> list[slice]:
+        """The parts in which this process's rows are taken."""
+        size = rows // self.config.accumulate
+        return [slice(start, start + size) for start in range(0, rows, size)]
+
+    def _objective(self, losses: Tensor, weights: Tensor) -> Tensor:
+        """What is differentiated of losses [B] and the weights of their timesteps [B]."""
+        share = self.config.batch / self.world.size  # gradients are averaged over the processes
+        return (losses * weights).sum().div(share).mul(self.state.scale.value)
 
     def _loss(self, batch: Batch, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         return self.task.loss(self.shared, batch, t, noise)
 
-    def _stop(self, batch: Batch, t: Tensor, noise: Tensor) -> None:
-        explanations = self.world.objects(
-            explain_non_finite(
-                self.model,
-                lambda: self._loss(batch, t, noise)["loss"],
-                self.state.step,
-                self.task.diffusion.model_timesteps(t),
-            )
+    def _stop(self, batch: Batch, t: Tensor, noise: Tensor, weights: Tensor) -> NoReturn:
+        def objective(rows: slice) -> Tensor:
+            losses = self._loss(batch.part(rows), t[rows], noise[rows])
+            return self._objective(losses["loss"], weights[rows])
+
+        losses = [partial(objective, rows) for rows in self._parts(len(t))]
+        findings = self.world.objects(look_at_outputs(self.model, losses))
+        if not any(each.is_cause for each in findings):
+            findings = self.world.objects(look_at_gradients(self.model, losses))
+        rank, found = next((each for each in enumerate(findings) if each[1].module), (0, findings[0]))
+        where = f"process {rank}: " if len(findings) > 1 else ""
+        timesteps = self.task.diffusion.model_timesteps(t)
+        raise NonFiniteLossError(
+            f"{where}the loss or its gradient is not finite at step {self.state.step}, timesteps "
+            f"{int(timesteps.min())} .. {int(timesteps.max())}{self.state.scale}: {found.text}; "
+            f"the last checkpoint is {self.state.saved(self.directory) or 'not there yet'}"
         )
-        rank, found = next((each for each in enumerate(explanations) if each[1].module), (0, explanations[0]))
-        where = f"process {rank}: " if len(explanations) > 1 else ""
-        saved = self.state.saved(self.directory) or "not there yet"
-        raise NonFiniteLossError(f"{where}{found.text}; the last checkpoint is {saved}")
 
     def save(self) -> None:
         """Write the EMA weights as a model file with its config, the loss curve and the checkpoint.

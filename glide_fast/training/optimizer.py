@@ -122,17 +122,21 @@ def new_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Ad
 
 
 def clip_gradients(
-    optimizer: torch.optim.Optimizer, model: nn.Module, limit: float
+    optimizer: torch.optim.Optimizer, model: nn.Module, limit: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """The norm of all gradients, and the factor that :func:`update` has to clip it to ``limit`` with.
 
-    The factor is None where the gradients were multiplied by it themselves.
+    The gradients are ``scale`` times as large as they are meant. The factor is None where they were
+    multiplied by it themselves.
     """
     if not isinstance(optimizer, OneLaunchAdamW):
+        if scale != 1:
+            scaled = [own(each.grad) for each in model.parameters() if each.grad is not None]
+            torch._foreach_mul_(scaled, 1 / scale)
         return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)), None
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
-    return norm, (limit / (norm + _NEVER_ZERO)).clamp(max=1)
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) / scale
+    return norm, (limit / (norm + _NEVER_ZERO)).clamp(max=1) / scale
 
 
 def update(

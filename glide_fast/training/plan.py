@@ -40,7 +40,7 @@ class Setup:
     images: float
     gpu: str = "H100"
     accumulate: int = 1
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     sharding: Literal["ddp", "fsdp"] = "ddp"
     checkpoint_activations: bool = False
     utilisation: float = 0.4

@@ -23,6 +23,7 @@ from glide_fast.training import sharded
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.distributed import World
 from glide_fast.training.ema import ExponentialMovingAverage
+from glide_fast.training.scaling import LossScale
 from glide_fast.training.sources import Source, merged
 
 FILE = "checkpoint.pt"
@@ -35,6 +36,7 @@ FREE_TO_CHANGE = (
     "weighting",
     "timesteps",
     "compute_dtype",
+    "scaling",
     "accumulate",
     "sharding",
     "checkpoint_activations",
@@ -45,7 +47,7 @@ FREE_TO_CHANGE = (
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Model, average, optimiser, timestep sampler and data source after ``step`` optimiser steps.
+    """Model, average, optimiser, loss scale, timestep sampler and data source after ``step`` optimiser steps.
 
     ``unlogged`` holds the numbers of the steps since the last line of the log, which the next line averages.
     Random numbers need no state of their own: they are functions of the seed and the step.
@@ -54,6 +56,7 @@ class TrainingState:
     model: nn.Module
     ema: ExponentialMovingAverage
     optimizer: torch.optim.Optimizer
+    scale: LossScale
     timesteps: TimestepSampler
     source: Source
     world: World
@@ -72,6 +75,7 @@ class TrainingState:
             "step": self.step,
             "timesteps": self.timesteps.state_dict(),
             "unlogged": self.unlogged,
+            "scale": self.scale.state_dict(),
             "source": merged(positions),
         }
         if self.is_sharded:
@@ -123,6 +127,7 @@ class TrainingState:
             self._load(values, path)
         self.timesteps.load_state_dict(values["timesteps"])
         self.source.load_state_dict(values.get("source", {}))
+        self.scale.load_state_dict(values.get("scale", {}))
         self.step = values["step"]
         self.unlogged = list(values.get("unlogged", []))
 
