@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from glide_fast.evaluation.equal_diversity import Interval, advantage
-from glide_fast.evaluation.study import DISTRACTORS, Kind, Measurement, Models, StudySettings
+from glide_fast.evaluation.study import DISTRACTORS, NEAREST, Kind, Measurement, Models, StudySettings
 from glide_fast.files import replacing
 
-METRICS = {"precision": "precision", "r_precision": "R-precision", "distance": "Fréchet distance"}
+METRICS = {
+    "precision": "precision",
+    "r_precision": "R-precision",
+    "nearest": "nearest by pixels",
+    "distance": "Fréchet distance",
+}
 LOWER_IS_BETTER = ("distance",)
 KINDS: dict[Kind, str] = {"classifier-free": "classifier-free guidance", "clip": "CLIP guidance"}
 _COLOURS: dict[Kind, str] = {"classifier-free": "#1f5fa8", "clip": "#dd8452"}
@@ -30,8 +35,8 @@ better than guidance by a noise-aware CLIP. Does it win at equal diversity here,
 
 Numbers at the points are guidance scales, bars are 95 % intervals over seeds.
 
-| guidance | Fréchet distance | precision | recall | R-precision |
-| --- | --- | --- | --- | --- |
+| guidance | Fréchet distance | precision | recall | R-precision | nearest by pixels |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 
 ## What was done
@@ -44,7 +49,9 @@ noise-aware CLIP sees between x_t and the caption (section 2.4).
 A second CLIP of the same size, trained with another seed, judges and never guides. Fréchet distance,
 precision and recall are taken of its picture embeddings, against the whole training set, with {neighbours}
 neighbours; R-precision is the share of pictures that are nearer to their own caption than to {distractors}
-others. So few pictures bias the Fréchet distance upwards, equally for all.
+others. So few pictures bias the Fréchet distance upwards, equally for all. As gradients that deceive one
+network can deceive its like, the last column asks no network: it is the share of pictures whose caption's own
+picture is among the {nearest} of the training set that are nearest in pixels.
 
 At equal diversity means: for each seed, the best value on a kind's line that keeps at least a given recall,
 averaged over all recalls that both kinds reach; the difference of the two averages, with Student's 95 %
@@ -134,7 +141,7 @@ def tabulate(measurements: Sequence[Measurement]) -> Table:
             metric: Interval.of(
                 [getattr(each, metric) for each in measurements if (each.kind, each.scale) == cell]
             )
-            for metric in ("distance", "precision", "recall", "r_precision")
+            for metric in ("distance", "precision", "recall", "r_precision", "nearest")
         }
         for cell in cells
     }
@@ -161,13 +168,13 @@ def write_report(
 
 
 def plot(table: Table, path: Path) -> None:
-    """The three metrics over recall, a line a kind, with the intervals; needs matplotlib."""
+    """The metrics over recall, a line a kind, with the intervals; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (metric, name) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
+    for axes, (metric, name) in zip(figure.subplots(2, 2).flat, METRICS.items(), strict=True):
         for kind, label in KINDS.items():
             cells = _cells(table, kind)
             x, y = ([table[cell][each] for cell in cells] for each in ("recall", metric))
@@ -226,6 +233,7 @@ def _text(table: Table, found: Sequence[Lead], settings: StudySettings) -> str:
         leads="\n".join(f"- {lead.sentence()}" for lead in found),
         rows="\n".join(rows),
         distractors=DISTRACTORS,
+        nearest=NEAREST,
         **asdict(settings),
     )
 

@@ -17,8 +17,10 @@ from glide_fast.evaluation import (
     clip_captions,
     clip_features,
     fid,
+    nearest_rank,
     precision_recall,
     r_precision,
+    squared_distances,
     study,
 )
 from glide_fast.evaluation.drawing import read_drawing
@@ -93,6 +95,7 @@ def measured(difference: float, noise: float = 0.0) -> list[Measurement]:
                     precision=0.4 + (0.9 - recall) + lead,
                     recall=recall,
                     r_precision=0.5 + (0.9 - recall) + lead,
+                    nearest=0.3 + (0.9 - recall) + lead,
                 )
             )
     return rows
@@ -116,26 +119,31 @@ class TestReport:
     ) -> None:
         found = leads(measured(difference, noise))
         assert answer(found).startswith(beginning)
-        assert [lead.metric for lead in found] == ["precision", "r_precision", "distance"]
+        assert [lead.metric for lead in found] == ["precision", "r_precision", "nearest", "distance"]
         if not noise:
             assert all(np.sign(lead.over_seeds.mean) == np.sign(difference) for lead in found)
             assert abs(found[0].over_seeds.mean) < 0.2 + 1e-9
 
     def test_a_mixed_answer_says_what_is_what(self) -> None:
         rows = [
-            Measurement(**{**row.__dict__, "precision": 0.4 + (0.9 - row.recall), "distance": 5.0})
+            Measurement(
+                **{**row.__dict__, "precision": 0.4 + (0.9 - row.recall), "distance": 5.0, "nearest": 0.3}
+            )
             for row in measured(0.2)
         ]
         worse = [
-            Measurement(**{**row.__dict__, "r_precision": 0.5 - 0.3 * (row.kind == "classifier-free")})
+            Measurement(**{**row.__dict__, "r_precision": 0.5 + 0.1 * (row.kind == "clip")})
             for row in measured(0.2)
         ]
-        assert answer(leads(rows)).startswith(
-            "In part: at equal recall, classifier-free guidance is better in R-pr"
+        assert answer(leads(rows)) == (
+            "In part: at equal recall, classifier-free guidance is better in R-precision; "
+            "precision, nearest by pixels and Fréchet distance are undecided"
         )
-        assert answer(leads(rows)).endswith("precision and Fréchet distance are undecided")
-        assert "It depends" not in answer(leads(rows))
-        assert leads(worse)[1].winner in (None, "clip")
+        assert answer(leads(worse)) == (
+            "It depends on the metric: at equal recall, classifier-free guidance is better in precision, "
+            "nearest by pixels and Fréchet distance; CLIP guidance is better in R-precision"
+        )
+        assert leads(worse)[1].sentence().startswith("R-precision: CLIP guidance is better by 0.")
 
     def test_table_text_plot_and_numbers_are_written(self, tmp_path: Path, models: Models) -> None:
         rows = measured(0.2, noise=0.01)
@@ -144,7 +152,7 @@ class TestReport:
         assert f"**{found}.**" in text
         recall = tabulate(rows)["classifier-free", 2.0]["recall"]
         assert (recall.mean, recall.half) == (pytest.approx(0.7), pytest.approx(0, abs=1e-9))
-        assert "| none | 5 ± 0 | 0.4 ± 0 | 0.9 ± 0 | 0.5 ± 0 |" in text
+        assert "| none | 5 ± 0 | 0.4 ± 0 | 0.9 ± 0 | 0.5 ± 0 | 0.3 ± 0 |" in text
         assert "| clip, 5 | " in text
         assert "6 captions of the training set" in text
         numbers = json.loads((tmp_path / "study.json").read_text())
@@ -221,8 +229,10 @@ class TestSweep:
             assert row.distance == pytest.approx(fid(samples, references), rel=1e-6, abs=1e-9)
             assert (row.precision, row.recall) == (overlap.precision, overlap.recall)
             assert row.r_precision == right.share
+            ranks = nearest_rank(squared_distances(pictures, data.images), own)
+            assert row.nearest == (ranks < 5).mean()
             if row.kind == "data":
-                assert row.precision == 1
+                assert row.precision == row.nearest == 1
 
     def test_clip_guidance_raises_what_the_guide_sees(self, models: Models) -> None:
         base, guide = load_model(models.base), load_network(models.guide, NoisyCLIP)
