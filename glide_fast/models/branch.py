@@ -1,6 +1,7 @@
 """Branches of transformer blocks, whose linear layers take on the activation and the sum that follow them.
 
-A hook that waits for a layer or a branch gets that one's own output: what is watched is not fused.
+A hook that waits for a layer or a branch gets that one's own output, and a layer of another class is called
+as it is: neither is fused.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ def beside(x: Tensor, branch: nn.Module, inner: Tensor) -> Tensor:
     return out
 
 
+def patch_tokens(image: Tensor, weight: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, patches, C]: the convolution by weight [C, 3, P, P] with stride P, as a product."""
+    size = weight.shape[-1]
+    down, across = (length // size for length in image.shape[2:])
+    whole = image[..., : down * size, : across * size]
+    split = whole.reshape(*image.shape[:2], down, size, across, size)
+    return ops.linear(split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), weight)
+
+
 def rows_at(x: Tensor, places: Tensor) -> Tensor:
     """x [B, T, ...], places int64 [B] -> each item's row at its place, [B, ...]."""
     return x[torch.arange(len(x), device=x.device), places]
@@ -105,7 +115,7 @@ def through(
     residual: Tensor | None = None,  # [..., out]
 ) -> Tensor:
     """activation(layer(x)) + residual, [..., out]."""
-    if isinstance(layer, Linear | Projection) and not is_watched(layer):
+    if type(layer).forward in (Linear.forward, Projection.forward) and not is_watched(layer):
         fused: Tensor = layer(x, activation=activation, residual=residual)
         return fused
     y = _ACTIVATIONS[activation](layer(x))

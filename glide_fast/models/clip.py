@@ -20,10 +20,11 @@ from glide_fast.models.branch import (
     attention_at,
     beside,
     last_block_at,
+    patch_tokens,
     rows_at,
     through,
 )
-from glide_fast.models.layers import Conv2d, Linear
+from glide_fast.models.layers import Conv2d, Linear, is_watched, pixels_as_tokens
 from glide_fast.models.resnet import ResNetConfig, ResNetTower
 from glide_fast.models.transformer import LayerNorm, self_attention
 
@@ -187,12 +188,17 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
 
     def forward(self, image: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, embedding]
-        patches = self.conv1(image).flatten(2).transpose(1, 2)
+        patches = self._patches(image)
         token = self.class_embedding.to(image.dtype).expand(len(image), 1, -1)
         x = torch.cat([token, patches], dim=1) + self.positional_embedding.to(image.dtype)
         first = torch.zeros(len(image), dtype=torch.long, device=image.device)
         x = self.transformer.at(self.ln_pre(x), first)
         return self.ln_post(x) @ self.proj.to(image.dtype)  # type: ignore[no-any-return]
+
+    def _patches(self, image: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, patches, C]
+        if type(self.conv1) is Conv2d and not is_watched(self.conv1):
+            return patch_tokens(image, self.conv1.weight.to(image.dtype))
+        return pixels_as_tokens(self.conv1(image))
 
 
 class CLIP(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from glide_fast.models.branch import Projection
 from glide_fast.models.clip import ClipAttention
 from glide_fast.models.layers import Conv2d, Linear, PointwiseConv
+from glide_fast.models.noisy_clip import PictureInput
 from glide_fast.ops import packed
 
 _LARGEST_GROWTH = 4  # of a 3x3 weight in Winograd's domain
@@ -27,6 +28,8 @@ def product_weights(modules: Iterable[nn.Module]) -> list[Tensor]:
             weights.append(module.w)
         elif isinstance(module, ClipAttention):
             weights.append(module.in_proj_weight)
+        elif isinstance(module, PictureInput):
+            weights.append(module.patch_proj)
     return [weight for weight in weights if weight.device.type == "cpu"]
 
 

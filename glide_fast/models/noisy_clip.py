@@ -23,6 +23,7 @@ from glide_fast.models.branch import (
     attention_at,
     beside,
     last_block_at,
+    patch_tokens,
     rows_at,
     through,
 )
@@ -144,7 +145,6 @@ class PictureInput(nn.Module):
     def __init__(self, config: NoisyCLIPConfig, width: int) -> None:
         super().__init__()
         patch = config.patch_size
-        self.patch_size = patch
         self.timesteps = config.timesteps
         if config.timesteps:
             self.w_t = nn.Parameter(width**-0.5 * torch.randn(config.timesteps, width))
@@ -162,9 +162,9 @@ class PictureInput(nn.Module):
             raise ValueError("this CLIP knows no timesteps; leave them out")
         mean, deviation = (x.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_DEVIATION))
         normal = ((x + 1) / 2 - mean) / deviation
-        patches = F.conv2d(normal, self.patch_proj.to(x.dtype), stride=self.patch_size)
+        patches = patch_tokens(normal, self.patch_proj.to(x.dtype))
         first = self.pred_state.expand(len(x), -1) if timesteps is None else self.w_t[timesteps]
-        tokens = torch.cat([first[:, None].to(x.dtype), patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([first[:, None].to(x.dtype), patches], dim=1)
         return self.ln(tokens + self.w_pos.to(x.dtype))  # type: ignore[no-any-return]
 
 

@@ -2,13 +2,15 @@
 
     y = activation([x, second] weight^T + bias) + residual
 
-On channels-last maps this is a 1x1 convolution, and with ``second`` that of a decoder's concatenated input.
+On channels-last maps this is a 1x1 convolution, and with ``second`` that of a decoder's concatenated input;
+on patches of a picture it is the convolution whose stride is its size.
 The activations are those of transformers: GELU, x times the normal distribution function (Hendrycks & Gimpel
 2016, https://arxiv.org/abs/1606.08415), and CLIP's QuickGELU, x sigmoid(1.702 x).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -157,7 +159,7 @@ def linear(
 
     Args:
         x: [..., C].
-        weight: [K, C (+ S)], or a 1x1 convolution's, with sizes of one behind.
+        weight: [K, C (+ S)], or a convolution's, whose sizes behind K multiply to as many features.
         bias: [K], or None.
         second: [..., S], more features of the input, behind those of x.
         residual: [..., K], added to the output, behind the activation.
@@ -172,7 +174,7 @@ def linear(
     if second is not None and second.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"second {tuple(second.shape)} must match x {tuple(x.shape)} but for the last size")
     features = x.shape[-1] + (0 if second is None else second.shape[-1])
-    if weight.ndim < 2 or weight.shape[1] != features or any(size != 1 for size in weight.shape[2:]):
+    if weight.ndim < 2 or math.prod(weight.shape[1:]) != features:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the input needs [K, {features}]")
     output = (*x.shape[:-1], weight.shape[0])
     if bias is not None and bias.shape != output[-1:]:

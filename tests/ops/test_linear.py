@@ -142,6 +142,13 @@ def test_a_1x1_convolutions_weight_keeps_its_shape() -> None:
     assert actual[2].shape == (96, 64, 1, 1)
 
 
+def test_patches_by_a_convolutions_weight() -> None:
+    image, weight = torch.randn(3, 4, 12, 20), torch.randn(24, 4, 4, 4)
+    patches = image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    expected = F.conv2d(image, weight, stride=4).permute(0, 2, 3, 1)
+    torch.testing.assert_close(linear(patches, weight), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_any_stride() -> None:
     x = torch.randn(2, 24, 50).transpose(1, 2)
     weight = torch.randn(32, 24)
