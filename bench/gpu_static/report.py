@@ -102,7 +102,7 @@ def text(findings: Findings) -> str:
 
 
 COUNTED = (
-    "A call is a call of a library or a kernel of ours; a library's call may be several kernels, and those are "
+    "A call is a call of a library or a kernel of ours; a library's call may be several kernels, which are "
     "what a GPU sees: PyTorch adds the bias of cuDNN's convolution by a second one and normalises groups by "
     "three. Bytes are those of inputs and outputs, each once a kernel. Text is encoded before, unless said."
 )
@@ -111,7 +111,7 @@ PREDICTED = (
     "60). Predictions take 80 % of it as reached, 1.2 µs a kernel in a CUDA graph, 6 µs a launch without one."
 )
 COMPILED = (
-    "Registers a thread, spilled accesses, shared memory a block, blocks a multiprocessor holds, and how many "
+    "Registers a thread, spilled accesses, shared memory a block, blocks a multiprocessor holds, how many "
     "instructions of a kind the code has."
 )
 INTERPRETED = "The largest error of all results, in units of the largest exact number, and what is allowed."

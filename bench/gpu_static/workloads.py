@@ -1,6 +1,6 @@
 """What is counted: a step of each published network, by us and as the original code computes it.
 
-Inference is float16: ours as OpenAI's, with embeddings, norms and the output in float32; the original's
+Inference is float16: ours with the timestep's layers, norms and the output in float32; the original's
 plain form with nothing but norms in float32, which saves it casts. Training is bfloat16 (the original:
 float16) with float32 weights: the loss, its gradients, AdamW and the moving average.
 """
@@ -35,7 +35,7 @@ from glide_fast.training.config import OptimizerConfig
 Call = Callable[[], object]
 Build = Callable[[], Call]
 Network = TypeVar("Network", bound=nn.Module)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, PointwiseConv)
+_HALVED = (nn.Conv1d, nn.Conv2d, PointwiseConv, nn.Linear)
 _BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -62,8 +62,8 @@ def halved(network: Network, chosen: Callable[[str, nn.Module], bool]) -> Networ
 
 
 def _in_blocks(name: str, module: nn.Module) -> bool:
-    """OpenAI's choice for its U-Nets."""
-    return name.split(".")[0] in _BLOCKS and isinstance(module, _CONVOLUTIONS)
+    """OpenAI's choice for its U-Nets, and the blocks' projections of the timestep."""
+    return name.split(".")[0] in _BLOCKS and isinstance(module, _HALVED)
 
 
 def _but_norms(_name: str, module: nn.Module) -> bool:

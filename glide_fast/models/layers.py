@@ -301,16 +301,29 @@ class ResBlock(nn.Module):
             shift=modulation if film is None else None,
             resample=self.resample,
         )
-        residual = self._residual(x, skip)
         norm, dropout, convolution = self.out_layers.values()
         if dropout.p and self.training:
             scale, shift = (None, None) if film is None else film
-            h = dropout(norm(h, scale=scale, shift=shift, activation="silu"))
-            return _matched(residual, h) + convolution(h)  # type: ignore[no-any-return]
-        return activated_convolution(norm, convolution, h, film=film, residual=residual)
+            h = convolution(dropout(norm(h, scale=scale, shift=shift, activation="silu")))
+        elif self._projects:
+            h = activated_convolution(norm, convolution, h, film=film)
+        else:
+            return activated_convolution(norm, convolution, h, film=film, residual=self._residual(x, skip))
+        if self._projects:
+            return self._residual(x, skip, summand=h)
+        return _matched(self._residual(x, skip), h) + h
 
-    def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """The other path. A map that is to be doubled stays small; a pixel's copies are what is added."""
+    @property
+    def _projects(self) -> bool:
+        """Whether the other path ends in a 1x1 convolution, which adds this path's map as it writes."""
+        layer = self.skip_connection
+        return type(layer) is Conv2d and layer.kernel_size == (1, 1) and self.resample != "up"
+
+    def _residual(self, x: Tensor, skip: Tensor | None, summand: Tensor | None = None) -> Tensor:
+        """The other path. A map that is to be doubled stays small; a pixel's copies are what is added.
+
+        ``summand`` [B, out, H', W'] is what a 1x1 convolution adds to its output.
+        """
         layer = self.skip_connection
         if self.resample != "up" or x.dim() == 5:
             x = resample_nearest(x, self.resample)
@@ -318,7 +331,8 @@ class ResBlock(nn.Module):
             tokens = pixels_as_tokens(x)
             second = None if skip is None else pixels_as_tokens(skip)
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second)
+            residual = None if summand is None else pixels_as_tokens(summand)
+            y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second, residual=residual)
             return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
         return layer(x if skip is None else torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
 

@@ -39,7 +39,7 @@ def projected(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype)
     layers = [block.emb_layers["1"] for block in blocks]
     with _lock:
         weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
-    y = ops.linear(embedding, weight.to(embedding.dtype), bias.to(embedding.dtype)).to(dtype)
+    y = ops.linear(embedding.to(weight.dtype), weight, bias.to(weight.dtype)).to(dtype)
     parts = y.split([layer.out_features for layer in layers], dim=1)
     return dict(zip(blocks, parts, strict=True))
 
