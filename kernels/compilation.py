@@ -105,9 +105,14 @@ def compile_case(case: Case, target: str) -> Resources:
     if case.registers is not None:
         options["maxnreg"] = case.registers
     compiled = triton.compile(source, target=gpu_target(target), options=options)
+    return read_resources(compiled, case.name, target)
+
+
+def read_resources(compiled: Any, name: str, target: str) -> Resources:
+    """The resources of a kernel that Triton compiled."""
     read = _read_cubin if "cubin" in compiled.asm else _read_amd
     return Resources(
-        name=case.name,
+        name=name,
         target=target,
         warps=compiled.metadata.num_warps,
         shared=compiled.metadata.shared,

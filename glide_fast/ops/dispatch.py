@@ -29,7 +29,7 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-u
 DEVICE_KEYS = ("CPU", "CUDA")
 ISA_VARIABLE = "GLIDE_FAST_ISA"
 _ISA_NAMES = {"generic": "C++", "avx2": "C++ AVX2+FMA", "avx512": "C++ AVX-512"}
-_CPP_OPS = ("group_norm", "group_norm_backward", "sampler_step")
+_CPP_OPS = ("group_norm", "group_norm_backward", "norm_apply", "sampler_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,11 @@ def implement(op: str, device: str, function: Callable[..., Any], *, name: str, 
     """Register a Python implementation of `op` for a device key; name and reason are what doctor prints."""
     LIBRARY.impl(op, function, device)
     _served[op, device] = (name, reason)
+
+
+def is_implemented(op: str, device: str) -> bool:
+    """Whether `implement` has registered something for an op's device key."""
+    return (op, device) in _served
 
 
 class use_reference(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (reads as a verb)
@@ -201,7 +206,7 @@ def implementations() -> list[Implementation]:
             served = cpp if key == "CPU" and op in _CPP_OPS else _served.get((op, key))
             if served is not None and key == "CUDA":
                 served = _on_this_gpu(*served)
-            fallback = "reference" if _defaults[op] is _references[overload] else "composed of ops"
+            fallback = "reference" if _defaults[op] is _references[overload] else "composed"
             name, reason = served or (fallback, _missing[key])
             rows.append(Implementation(op=op, device=key, name=name, reason=reason))
     return rows

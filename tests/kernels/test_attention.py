@@ -14,7 +14,7 @@ from glide_fast.kernels import attention_backward as backward
 from glide_fast.kernels import launch
 from glide_fast.models.layers import AttentionBlock
 from glide_fast.ops import dispatch, use_reference
-from tests.kernels.compiled import compile_cases
+from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE, use_kernels
 from tests.ops.attention_cases import LAYOUTS, NAMES, Case, Layout, differentiate, leaves, ours, plain
 
@@ -225,14 +225,27 @@ def test_both_ops_are_registered() -> None:
         assert "float16" in rows[op].reason
 
 
+LAUNCHES = """
+from glide_fast.kernels.attention import attention
+from glide_fast.kernels.attention_backward import attention_backward
+image = torch.zeros(2, 70, 6, 3, 64, dtype=torch.float16).unbind(3)
+text = torch.zeros(2, 130, 6, 2, 64, dtype=torch.float16).unbind(3)
+attention_backward(image[0], *image, *text, *attention(*image, *text))
+"""
+ATTENTION = ("attention", "attention fp16 D=64")
+BACKWARD = ("attention_backward", "attention_backward fp16 D=64")
+
+
+def test_a_launch_compiles_to_what_the_listed_cases_compile_to() -> None:
+    launched = rehearse("sm_90", LAUNCHES)
+    listed = compile_cases([(module, "sm_90", name) for module, name in (ATTENTION, BACKWARD)])
+    for mine, theirs in zip(launched, listed, strict=True):
+        assert {**mine, "name": theirs["name"]} == theirs
+
+
 def test_the_machine_code_keeps_to_its_budget() -> None:
     ahead, back, old, old_back = compile_cases(
-        [
-            ("attention", "sm_90", "attention fp16 D=64"),
-            ("attention_backward", "sm_90", "attention_backward fp16 D=64"),
-            ("attention", "sm_80", "attention fp16 D=64"),
-            ("attention_backward", "sm_80", "attention_backward fp16 D=64"),
-        ]
+        [(module, target, name) for target in ("sm_90", "sm_80") for module, name in (ATTENTION, BACKWARD)]
     )
     assert all(row["spills"] == 0 for row in (ahead, back, old, old_back))
     assert ahead["registers"] <= 110
