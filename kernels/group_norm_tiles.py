@@ -106,9 +106,11 @@ def channel_moments(
         count = tl.minimum(stop - first, ROWS).to(tl.float32)
         tile_mean = tl.sum(tile, axis=0) / count
         deviation = tl.where(inside[:, None], tile - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
+        rest = tl.sum(deviation, axis=0) / count  # what rounding left of the tile's mean
+        delta = tile_mean + rest - mean
         total = seen + count
-        squares += tl.sum(deviation * deviation, axis=0) + delta * delta * (seen * count / total)
+        squares += tl.sum(deviation * deviation, axis=0) - rest * rest * count
+        squares += delta * delta * (seen * count / total)
         mean += delta * (count / total)
         seen = total
     return mean, squares
