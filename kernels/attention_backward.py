@@ -221,7 +221,7 @@ def attention_backward(
         lambda cut: _launch(operands, output.contiguous(), grad.contiguous(), log_sum.contiguous(), cut),
     )
     absent = [query.new_empty(0 if tensor is None else tensor.shape) for tensor in (text_key, text_value)]
-    return (*gradients[:3], *(gradients[3:] or absent))  # type: ignore[return-value]
+    return (*gradients[:3], *(gradients[3:] or absent))
 
 
 def _launch(
