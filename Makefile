@@ -14,7 +14,7 @@ TOOLS := $(VENV)/tools
 PEERS := $(VENV)/peers
 BENCH ?= --readme
 FONT := $(VENV)/font
-CPP := $(wildcard csrc/*.cpp csrc/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
 .PHONY: demo test lint bench study format clean
 .DELETE_ON_ERROR:

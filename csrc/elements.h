@@ -1,11 +1,12 @@
-// The arithmetic of single elements, the same for CPU and GPU: a sampler's step, FiLM, the affine map and
-// SiLU.
+// The arithmetic of single elements, the same for CPU and GPU: FiLM, the affine map, SiLU, a sampler's step.
 //
-// csrc/ runs these functions on the CPU and csrc/cuda on GPUs. Those of GroupNorm are templates, as the CPU
-// has vectors of elements. Anonymous and without standard headers, for the reason given in vector.h.
+// csrc/ runs these functions on the CPU, csrc/cuda on GPUs. Those of GroupNorm are templates, as the CPU has
+// vectors of elements. Functions are anonymous and no standard header is used, for vector.h's reason.
 #pragma once
 
 #include <stdint.h>
+
+#include "sampler_step.h"
 
 #ifdef __CUDACC__
 #define GLIDE_FAST_ELEMENT __host__ __device__ __forceinline__
@@ -15,6 +16,7 @@
 
 namespace {
 
+// The exponential of one number; vector.h has that of a vector.
 GLIDE_FAST_ELEMENT float exponential(float x) {
 #ifdef __CUDA_ARCH__
     return expf(x);
@@ -28,14 +30,14 @@ struct Affine {
     float gain, offset;
 };
 
-GLIDE_FAST_ELEMENT Affine with_film(Affine affine, float scale, float shift) {
+GLIDE_FAST_ELEMENT Affine with_film(Affine plain, float scale, float shift) {
     const float film = 1.0f + scale;
-    return {affine.gain * film, affine.offset * film + shift};
+    return {plain.gain * film, plain.offset * film + shift};
 }
 
 // `factor` is rstd * gain.
-template <typename Value, typename Coefficient>
-GLIDE_FAST_ELEMENT Value affine(Value x, Coefficient mean, Coefficient factor, Coefficient offset) {
+template <typename Value>
+GLIDE_FAST_ELEMENT Value normalised(Value x, Value mean, Value factor, Value offset) {
     return (x - mean) * factor + offset;
 }
 
@@ -44,19 +46,10 @@ GLIDE_FAST_ELEMENT Value silu(Value z, Value exponential_of_minus_z) {
     return z / (1.0f + exponential_of_minus_z);
 }
 
-// One row of the table of glide_fast/ops/sampler_step.py, in the order of its columns.
-struct StepCoefficients {
-    float guess_x, guess_output, mean_start, mean_direction, noise_x, noise_start, low, high;
-};
-
-enum class Deviation : int64_t { TABLE, LEARNED, LEARNED_RANGE };
-enum class Direction : int64_t { X, NOISE, OUTPUT };
-
-struct StepRule {
-    Deviation deviation;
-    Direction direction;
-    bool clip;
-};
+using glide_fast::Deviation;
+using glide_fast::Direction;
+using glide_fast::StepCoefficients;
+using glide_fast::StepRule;
 
 struct Stepped {
     float next, x_start;

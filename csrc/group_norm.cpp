@@ -18,20 +18,6 @@ constexpr int64_t LANES_OF_WIDEST_ISA = 16;
 constexpr int64_t COEFFICIENTS = 4;            // arrays of a channels-last block
 constexpr int64_t ELEMENTS_PER_THREAD = 8192;  // below that, waking a thread costs more than it saves
 
-bool is_channels_last(const Tensor& x) {
-    if (x.is_contiguous() || x.dim() < 4) return false;
-    int64_t expected = 1;
-    const int64_t dims = x.dim();
-    for (int64_t i = 0; i < dims; ++i) {
-        const int64_t dim = i == 0          ? 1
-                            : i == dims - 1 ? 0
-                                            : dims - i;  // channels, last ... first of space, batch
-        if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-        expected *= x.size(dim);
-    }
-    return true;
-}
-
 MemoryFormat format_of(int64_t dims, bool channels_last) {
     if (!channels_last) return MemoryFormat::Contiguous;
     return dims == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;

@@ -104,7 +104,8 @@ void forward_row(const GroupNormShape& shape, const float* x, float* output, int
     const Vector mean = load_lanes<WHOLE>(at.mean + c, lanes), factor = load_lanes<WHOLE>(at.gain + c, lanes);
     const Vector offset = load_lanes<WHOLE>(at.offset + c, lanes);
     const auto value = [&](int64_t pixel) {
-        return activate<SILU>((load_lanes<WHOLE>(x + pixel * stride + c, lanes) - mean) * factor + offset);
+        return activate<SILU>(
+            normalised(load_lanes<WHOLE>(x + pixel * stride + c, lanes), mean, factor, offset));
     };
     if (shape.resample == Resample::NONE) {
         for (int64_t p = row * ROW_PIXELS; p < row * ROW_PIXELS + pixels; ++p)

@@ -1,6 +1,7 @@
 // GroupNorm's arithmetic, independent of the memory layout. Compiled for each ISA.
 #pragma once
 
+#include "elements.h"
 #include "group_norm.h"
 #include "moments.h"
 #include "vector.h"
@@ -16,22 +17,17 @@ inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// z = ((x - mean) * rstd) * gain + offset, for one channel of one picture: affine map and FiLM in one.
-struct Affine {
-    float gain, offset;
-};
-
 template <typename Problem>
 inline Affine affine_of(const Problem& problem, int64_t picture, int64_t channel) {
-    const float weight = problem.weight[channel], bias = problem.bias[channel];
-    if (problem.scale == nullptr) return {weight, bias};
-    const float film = 1.0f + problem.scale[picture * problem.scale_stride + channel];
-    return {weight * film, bias * film + problem.shift[picture * problem.shift_stride + channel]};
+    const Affine plain{problem.weight[channel], problem.bias[channel]};
+    if (problem.scale == nullptr) return plain;
+    return with_film(plain, problem.scale[picture * problem.scale_stride + channel],
+                     problem.shift[picture * problem.shift_stride + channel]);
 }
 
 template <bool SILU>
 inline Vector activate(Vector z) {
-    return SILU ? z / (1.0f + exponential(-z)) : z;
+    return SILU ? silu(z, exponential(-z)) : z;
 }
 
 // d activate(z) / dz times the gradient that arrives.

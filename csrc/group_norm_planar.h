@@ -57,10 +57,11 @@ template <bool SILU>
 void apply(const float* x, float* y, int64_t count, float mean, float factor, float offset) {
     const Vector shift = splat(mean), by = splat(factor), plus = splat(offset);
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(y + i, activate<SILU>((load(x + i) - shift) * by + plus));
+    for (; i + LANES <= count; i += LANES)
+        store(y + i, activate<SILU>(normalised(load(x + i), shift, by, plus)));
     if (i < count) {
         const Vector last = load_first(x + i, count - i);
-        store_first(y + i, activate<SILU>((last - shift) * by + plus), count - i);
+        store_first(y + i, activate<SILU>(normalised(last, shift, by, plus)), count - i);
     }
 }
 

@@ -38,6 +38,21 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
     return {sizes.begin(), sizes.end()};
 }
 
+// Whether channels are neighbours in memory, without gaps, and the tensor is not also contiguous.
+inline bool is_channels_last(const Tensor& x) {
+    if (x.is_contiguous() || x.dim() < 4) return false;
+    int64_t expected = 1;
+    const int64_t dims = x.dim();
+    for (int64_t i = 0; i < dims; ++i) {
+        const int64_t dim = i == 0          ? 1
+                            : i == dims - 1 ? 0
+                                            : dims - i;  // channels, last ... first of space, batch
+        if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+        expected *= x.size(dim);
+    }
+    return true;
+}
+
 // Calls an op of ours by its name; the results are the first values of what comes back.
 template <size_t RESULTS, size_t ARGUMENTS>
 std::array<StableIValue, ARGUMENTS> call_reference(const char* op,

@@ -4,7 +4,7 @@ Importing this package loads the compiled C++ library and the Triton kernels whe
 were not, the reference serves, and `implementations()` says why.
 """
 
-from glide_fast.ops import attention_cpu, convolution_cpu, layer_norm_cpu, linear_cpu
+from glide_fast.ops import attention_cpu, convolution_cpu, cuda_elements, layer_norm_cpu, linear_cpu
 from glide_fast.ops.adamw import StepNumbers, adamw
 from glide_fast.ops.attention import attention
 from glide_fast.ops.causal_attention import causal_attention
@@ -18,6 +18,7 @@ from glide_fast.ops.sampler_step import StepRule, sampler_step
 load_compiled()
 attention_cpu.register()
 convolution_cpu.register()
+cuda_elements.register()
 layer_norm_cpu.register()
 linear_cpu.register()
 

@@ -6,9 +6,10 @@ Shapes: B batch, C channels, T timesteps.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from glide_fast.ops.reference import compute_dtype
+from glide_fast.ops.reference import compute_dtype, memory_format, per_channel
 
 DEVIATION_TABLE, DEVIATION_LEARNED = 0, 1
 DIRECTION_X, DIRECTION_NOISE, DIRECTION_OUTPUT = 0, 1, 2
@@ -88,3 +89,25 @@ def adamw(
         torch._foreach_lerp_(average, parameters, share)
     if copies:
         torch._foreach_copy_(copies, parameters)
+
+
+def norm_apply(
+    x: Tensor,  # [B, C, *space]
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    scale: Tensor | None,  # [B, C]
+    shift: Tensor | None,  # [B, C]
+    silu: bool,
+) -> Tensor:
+    """silu(((x - mean) rstd weight + bias) (1 + scale) + shift), like x."""
+    dtype, groups = compute_dtype(x.dtype), mean.shape[1]
+    by_group = (*mean.shape, *[1] * (x.ndim - 1))
+    centred = x.to(dtype).unflatten(1, (groups, -1)) - mean.to(dtype).view(by_group)
+    y = (centred * rstd.to(dtype).view(by_group)).flatten(1, 2)
+    y = y * per_channel(weight.to(dtype), x.ndim) + per_channel(bias.to(dtype), x.ndim)
+    if scale is not None and shift is not None:
+        y = y * per_channel(1 + scale.to(dtype), x.ndim) + per_channel(shift.to(dtype), x.ndim)
+    y = F.silu(y) if silu else y
+    return x.new_empty(x.shape).contiguous(memory_format=memory_format(x)).copy_(y)

@@ -20,6 +20,7 @@ from glide_fast.ops import (
     group_norm,
     implementations,
     linear,
+    norm_apply,
     norm_convolution,
     reference,
     sampler_step,
@@ -35,6 +36,7 @@ OPS = (
     "group_norm_backward",
     "linear",
     "linear_backward",
+    "norm_apply",
     "norm_convolution",
     "norm_convolution_backward",
     "sampler_step",
@@ -73,6 +75,7 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         norm_convolution(x, weight).sum().backward()
         linear(x, torch.randn(2, 5)).sum().backward()
         adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
+        norm_apply.APPLY(x.detach(), *[torch.ones(1, 2)] * 2, *[torch.ones(4)] * 2, None, None, True)
         rule = StepRule(table=torch.ones(1, 8), deviation="table", direction="x", clip=True)
         sampler_step(x.detach(), x.detach(), torch.tensor([0]), rule)
     assert calls == dict.fromkeys(OPS, 1)
