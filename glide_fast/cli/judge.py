@@ -14,7 +14,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from glide_fast.cli.painter import EMOJI, Painter
 from glide_fast.data.emoji import load_emoji, split
 from glide_fast.evaluation import evaluate_emoji
+from glide_fast.evaluation.cache import cached
+from glide_fast.evaluation.drawing import DrawingPlan, draw
+from glide_fast.evaluation.extractors import find_extractor
+from glide_fast.evaluation.judgement import judge
+from glide_fast.evaluation.pictures import read_pictures
 from glide_fast.files import replacing, sha256_of
+from glide_fast.training.distributed import joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +46,6 @@ class Draw:
     painter: OmitArgPrefixes[Painter] = field(default_factory=Painter)
 
     def run(self) -> None:
-        from glide_fast.evaluation.drawing import DrawingPlan, draw
-        from glide_fast.training.distributed import joined
-
         captions = self._captions()
         model = self.painter.load(self.size)
         made_by = {
@@ -92,11 +95,6 @@ class Judge:
     """A file for the numbers, as JSON."""
 
     def run(self) -> None:
-        from glide_fast.evaluation.cache import cached
-        from glide_fast.evaluation.extractors import find_extractor
-        from glide_fast.evaluation.judgement import judge
-        from glide_fast.evaluation.pictures import read_pictures
-
         samples = read_pictures(self.samples)
         reference = read_pictures(self.reference, size=samples.size)
         extractor = cached(find_extractor(self.features))

@@ -103,11 +103,11 @@ def test_a_place_that_cannot_be_written_is_a_warning(tmp_path: Path, counter: Co
     assert len(found.pooled) == 2
 
 
-def tiny_judge(seed: int = 0, timesteps: int = 10) -> NoisyCLIP:
+def tiny_judge(seed: int = 0, timesteps: int = 10, size: int = 8, context: int = 6) -> NoisyCLIP:
     torch.manual_seed(seed)
     config = NoisyCLIPConfig(
         embedding=8,
-        image_size=8,
+        image_size=size,
         patch_size=4,
         image_heads=2,
         image_head_channels=8,
@@ -115,7 +115,7 @@ def tiny_judge(seed: int = 0, timesteps: int = 10) -> NoisyCLIP:
         text_heads=2,
         text_head_channels=8,
         text_layers=1,
-        context=6,
+        context=context,
         vocabulary=embedded_tokenizer().size,
         timesteps=timesteps,
         tokenizer="embedded",

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from glide_fast.data.dataset import CaptionedPictures
+from glide_fast.data.emoji import find_font
 from glide_fast.data.images import to_tensor
 from glide_fast.evaluation import (
     clip_captions,
@@ -34,6 +35,7 @@ from glide_fast.text.framing import framed
 from glide_fast.training.distributed import World
 from tests import tiny
 from tests.evaluation.test_cache import tiny_judge
+from tests.test_cli import fail, run
 
 CAPTIONS = ["red apple", "key", "sun", "dog face", "rocket", "house", "bell", "cat", "pizza", "baby"]
 SETTINGS = StudySettings(
@@ -289,3 +291,31 @@ def test_a_judge_that_guided_is_refused(models: Models, data: CaptionedPictures,
     more = StudySettings(captions=11, neighbours=2)
     with pytest.raises(ValueError, match="captions 11 must be at most the 10 of the data"):
         sweep(more, models, data, tmp_path, World())
+
+
+def test_the_command_studies_the_embedded_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("emoji", reason="the package emoji (extra 'train') is not installed")
+    try:
+        find_font()
+    except FileNotFoundError as error:
+        pytest.skip(f"the emoji font is not installed: {error}")
+    clips = []
+    for seed, name in enumerate(("guide", "judge")):
+        network = tiny_judge(seed, timesteps=1000, size=32, context=20)
+        path = tmp_path / f"{name}.safetensors"
+        save_model(path, network.config, network.state_dict())
+        clips.append(f"--models.{name}={path}")
+    scales = ["--classifier-free", 2, "--clip", 1]
+    places = ["--out", tmp_path / "docs", "--work", tmp_path / "work"]
+    options = ["--captions", 4, "--seeds", 3, "--steps", 2, *scales, *places, *clips]
+    run(monkeypatch, "study", *options)
+    found = json.loads((tmp_path / "docs" / "study.json").read_text())
+    assert found["answer"] in capsys.readouterr().out
+    assert len(found["measurements"]) == 3 * 4
+    own = [row for row in found["measurements"] if row["kind"] == "data"]
+    assert all(row["precision"] == row["nearest"] == 1 for row in own)
+    assert (tmp_path / "docs" / "study.md").is_file()
+    message = fail(monkeypatch, capsys, "study", *options, "--steps", 3)
+    assert "holds a drawing with steps 2, not 3; choose another folder" in message
