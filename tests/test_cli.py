@@ -80,6 +80,24 @@ def test_picture_k_does_not_depend_on_number_or_batch(
     assert np.abs(fifth - load_image(tmp_path / "one" / "0000-key-4.png")).max() <= 1
 
 
+def test_models_paint_in_the_dtype_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: list[str]
+) -> None:
+    pictures = []
+    for dtype in ("float32", "bfloat16"):
+        run(monkeypatch, "sample", "key", "--dtype", dtype, "--out", tmp_path / dtype, *models)
+        pictures.append(load_image(tmp_path / dtype / "0000-key-0.png").astype(int))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 8
+
+
+def test_a_gpu_that_is_not_there_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, models: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = fail(monkeypatch, capsys, "sample", "key", "--device", "cuda", "--out", tmp_path, *models)
+    assert "this torch can use no GPU, so --device cuda is not possible; leave it out" in message
+
+
 def test_the_base_models_size_leaves_the_upsampler_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: list[str]
 ) -> None:

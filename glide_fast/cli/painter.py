@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from glide_fast.models import PRESETS, ModelConfig
@@ -48,6 +49,10 @@ class Painter:
     """Share of the contrast that guidance adds and that is taken back, 0 to 1."""
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to paint. Default: on a GPU if there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the models' activations. Default: float16 on a GPU, else float32."""
     graph: Choice = "step"
     """What a CUDA graph holds, on a GPU: a step, the whole loop (faster for small models), or off."""
 
@@ -83,7 +88,16 @@ class Painter:
             raise ValueError(
                 f"size {size} is not one this model paints; choose {' or '.join(map(str, sizes))}"
             )
-        return replace(model, upsampler=None) if size == sizes[0] else model
+        model = replace(model, upsampler=None) if size == sizes[0] else model
+        return self._placed(model)
+
+    def _placed(self, model: TextToImage) -> TextToImage:
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this torch can use no GPU, so --device cuda is not possible; leave it out")
+        if device == "cpu" and self.dtype is None:
+            return model
+        return model.to(device, None if self.dtype is None else getattr(torch, self.dtype))
 
     def options(self, model: TextToImage) -> tuple[StageOptions, StageOptions]:
         """How the base model is sampled, and how the upsampler."""

@@ -21,6 +21,7 @@ from glide_fast.data.images import to_uint8
 from glide_fast.diffusion import GaussianDiffusion, Schedule
 from glide_fast.models import LoadedModel, MaskedImage, ModelConfig, load_model
 from glide_fast.models.kept import keep_if_it_fits
+from glide_fast.models.placement import placed
 from glide_fast.sampling.denoiser import Conditioned, Denoiser, NoiseSource, PerImageNoise, initial_noise
 from glide_fast.sampling.graph_cuda import Choice, shared_graphs
 from glide_fast.sampling.guidance import classifier_free
@@ -195,6 +196,17 @@ class TextToImage:
     def embedded_inpainting(cls) -> TextToImage:
         """The small emoji model that completes pictures: text and a part of a picture → 32 px → 64 px."""
         return replace(cls.load(*EMBEDDED_INPAINTING), guidance=EMBEDDED_GUIDANCE)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextToImage:
+        """The same models, moved to the device, with activations of ``dtype``: float16 on a GPU unless given.
+
+        Raises:
+            ValueError: as :func:`glide_fast.models.placement.placed`.
+        """
+        for stage in (self.base, self.upsampler):
+            if stage is not None:
+                placed(stage.network, device, dtype)
+        return self
 
     @property
     def size(self) -> int:
