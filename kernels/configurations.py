@@ -68,6 +68,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
     ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 8, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
+    ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
     # rows are pixels, columns channels, the shape class the widest tile that is worth its while
     ("convolution", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
     ("convolution", ("sm_120",), None, None, Configuration(128, 64, 8, 3)),
