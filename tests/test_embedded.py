@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 from glide_fast.config import load_toml
+from glide_fast.data.emoji import load_emoji, split
 from glide_fast.data.images import load_image
-from glide_fast.models import load_model
+from glide_fast.evaluation import clip_captions, clip_features, r_precision
+from glide_fast.evaluation.study import GUIDE, JUDGE
+from glide_fast.models import NoisyCLIP, load_model, load_network
 from glide_fast.sampling import PerImageNoise
 from glide_fast.sampling.editing import inpaint
 from glide_fast.sampling.pipeline import (
@@ -80,6 +84,26 @@ def test_the_inpainting_model_completes_a_heart_in_its_colour() -> None:
     middle = painted[20:40, 34:46].astype(float).mean((0, 1))
     assert middle[0] > middle[1] + 60
     assert painted[[0, -1], [-1, -1]].astype(float).mean() > 200
+
+
+@pytest.mark.parametrize("path", [GUIDE, JUDGE], ids=lambda path: path.stem)
+def test_the_clips_know_the_captions_of_clean_pictures(path: Path) -> None:
+    """The guide and the judge are small, are their recipes', and find most captions among a hundred."""
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there yet")
+    pytest.importorskip("emoji", reason="the package emoji (extra 'train') is not installed")
+    try:
+        data, _ = split(load_emoji(32))
+    except FileNotFoundError as error:
+        pytest.skip(f"the emoji font is not installed: {error}")
+    assert path.stat().st_size <= 15 * 2**20
+    clip = load_network(path, NoisyCLIP)
+    recipe = load_toml(TrainConfig, ROOT / "configs" / f"{path.stem}.toml")
+    assert recipe.clip is not None
+    assert clip.config == replace(recipe.clip, logit_scale=clip.config.logit_scale)
+    shown = data.select(range(0, len(data), 20))
+    pictures, texts = clip_features(clip)(shown.images), clip_captions(clip, shown.captions)
+    assert r_precision(pictures, texts).share > 0.8
 
 
 def test_dpm_solver_in_20_steps_is_closer_to_1000_steps_than_ddim() -> None:
