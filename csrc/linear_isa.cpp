@@ -15,22 +15,36 @@ int64_t scratch(const LinearProblem& problem) {
     return GROUP * problem.block_rows * PANEL;
 }
 
+constexpr int64_t ROWS_AHEAD = 16;  // whose places in the output begin to be loaded: their stride is large
+
+// A row's cache lines of output and residual.
+inline void prefetch_row(const LinearProblem& problem, int64_t at) {
+    for (int64_t line = 0; line < PANEL; line += glide_fast::CACHE_LINE_FLOATS) {
+        __builtin_prefetch(problem.output + at + line, 1);
+        if (problem.residual != nullptr) __builtin_prefetch(problem.residual + at + line);
+    }
+}
+
 template <Activation KIND>
 void finish_as(const LinearProblem& problem, const float* sums, int64_t first_row, int64_t rows,
                int64_t first) {
-    for (int64_t lane = 0; lane < PANEL && first + lane < problem.columns; lane += LANES) {
-        const int64_t lanes = smaller(LANES, problem.columns - first - lane);
-        Vector bias{};
-        if (problem.bias != nullptr) bias = load_first(problem.bias + first + lane, lanes);
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t at = (first_row + row) * problem.columns + first + lane;
-            Vector value = activated<KIND>(load(sums + row * PANEL + lane) + bias);
+    Vector bias[PANEL / LANES] = {};
+    const int64_t columns = smaller(PANEL, problem.columns - first);
+    if (problem.bias != nullptr)
+        for (int64_t lane = 0; lane < columns; lane += LANES)
+            bias[lane / LANES] = load_first(problem.bias + first + lane, smaller(LANES, columns - lane));
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = (first_row + row) * problem.columns + first;
+        if (row + ROWS_AHEAD < rows) prefetch_row(problem, at + ROWS_AHEAD * problem.columns);
+        for (int64_t lane = 0; lane < columns; lane += LANES) {
+            const int64_t lanes = smaller(LANES, columns - lane);
+            Vector value = activated<KIND>(load(sums + row * PANEL + lane) + bias[lane / LANES]);
             if (lanes == LANES) {
-                if (problem.residual != nullptr) value += load(problem.residual + at);
-                store(problem.output + at, value);
+                if (problem.residual != nullptr) value += load(problem.residual + at + lane);
+                store(problem.output + at + lane, value);
             } else {
-                if (problem.residual != nullptr) value += load_first(problem.residual + at, lanes);
-                store_first(problem.output + at, value, lanes);
+                if (problem.residual != nullptr) value += load_first(problem.residual + at + lane, lanes);
+                store_first(problem.output + at + lane, value, lanes);
             }
         }
     }
@@ -80,13 +94,8 @@ void multiply_part(Matrix a, int64_t rows, Part b, int64_t depth, float* sums, b
 }
 
 void prefetch_output(const LinearProblem& problem, int64_t first_row, int64_t rows, int64_t first) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = (first_row + row) * problem.columns + first;
-        for (int64_t line = 0; line < PANEL; line += glide_fast::CACHE_LINE_FLOATS) {
-            __builtin_prefetch(problem.output + at + line, 1);
-            if (problem.residual != nullptr) __builtin_prefetch(problem.residual + at + line);
-        }
-    }
+    for (int64_t row = 0; row < rows; ++row)
+        prefetch_row(problem, (first_row + row) * problem.columns + first);
 }
 
 // Panels [panel, last) of a block of rows: through the depth in chunks, so that a chunk of these rows stays
@@ -108,7 +117,7 @@ void multiply_group(const LinearProblem& problem, int64_t first_row, int64_t row
                 else if (p + 1 == last)
                     next = problem.b + last % problem.panels * problem.b_panel;
                 float* own = sums + (p - panel) * rows * PANEL;
-                if (finished) prefetch_output(problem, first_row, rows, p * PANEL);
+                if (finished) prefetch_output(problem, first_row, smaller(rows, ROWS_AHEAD), p * PANEL);
                 multiply_part({data, source.row, source.column}, rows, {b, problem.b_row}, end - begin, own,
                               before + begin > 0, next);
                 if (finished) finish(problem, own, first_row, rows, p * PANEL);
