@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glide_fast.ops import reference_elements as reference
-from glide_fast.ops.dispatch import define
+from glide_fast.ops.dispatch import define, implement
 
 
 class StepNumbers(NamedTuple):
@@ -77,6 +77,7 @@ STEP = define(
     reference.adamw,
     _fake,
 )
+implement("adamw", "CPU", reference.adamw, name="ATen foreach", reason="all tensors in ten operators")
 
 
 @torch.no_grad()

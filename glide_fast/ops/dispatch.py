@@ -29,7 +29,8 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-u
 DEVICE_KEYS = ("CPU", "CUDA")
 ISA_VARIABLE = "GLIDE_FAST_ISA"
 _ISA_NAMES = {"generic": "C++", "avx2": "C++ AVX2+FMA", "avx512": "C++ AVX-512"}
-_CPP_OPS = ("group_norm", "group_norm_backward", "norm_apply", "sampler_step")
+_CPP_OPS = ("group_norm", "group_norm_backward")  # by instruction set
+_PLAIN_CPP_OPS = ("norm_apply", "sampler_step")  # the same on every CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,25 +186,25 @@ def _load_triton() -> str:
     return "no Triton kernel for this op"
 
 
-def _cpp_row() -> tuple[str, str] | None:
+def _cpp_row(op: str) -> tuple[str, str] | None:
     library = cpp_library()
-    if library is None:
+    if library is None or op not in _CPP_OPS + _PLAIN_CPP_OPS:
         return None
-    reason = (
-        "float32; bfloat16 and float16 by way of float32; float64 by the reference. "
-        f"Built by {library.compiler()}; this CPU can run {', '.join(library.capabilities())}"
-    )
-    return _ISA_NAMES[library.capability()], reason
+    reason = "float32; bfloat16 and float16 by way of float32; float64 by the reference. "
+    if op in _PLAIN_CPP_OPS:
+        return "C++", f"{reason}Built by {library.compiler()}"
+    runnable = ", ".join(library.capabilities())
+    name = _ISA_NAMES[library.capability()]
+    return name, f"{reason}Built by {library.compiler()}; this CPU can run {runnable}"
 
 
 def implementations() -> list[Implementation]:
     """One row for each op and device key: what serves it in this process, and why."""
-    cpp = _cpp_row()
     rows = []
     for overload in _references:
         op = overload.name().removeprefix(f"{NAMESPACE}::")
         for key in DEVICE_KEYS:
-            served = cpp if key == "CPU" and op in _CPP_OPS else _served.get((op, key))
+            served = (_cpp_row(op) if key == "CPU" else None) or _served.get((op, key))
             if served is not None and key == "CUDA":
                 served = _on_this_gpu(*served)
             fallback = "reference" if _defaults[op] is _references[overload] else "composed"

@@ -16,9 +16,11 @@ from glide_fast.ops import (
     StepNumbers,
     StepRule,
     adamw,
+    causal_attention,
     dispatch,
     group_norm,
     implementations,
+    layer_norm,
     linear,
     norm_apply,
     norm_convolution,
@@ -29,11 +31,16 @@ from glide_fast.ops import (
 from tests.ops import attention_cases, group_norm_cases
 
 OPS = (
+    "activation",
+    "activation_backward",
     "adamw",
     "attention",
     "attention_backward",
+    "causal_attention",
     "group_norm",
     "group_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "linear",
     "linear_backward",
     "norm_apply",
@@ -73,7 +80,9 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         attention_cases.differentiate(attention_cases.ours, ATTENTION.inputs())
         x, weight = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
         norm_convolution(x, weight).sum().backward()
-        linear(x, torch.randn(2, 5)).sum().backward()
+        linear(x, torch.randn(2, 5), activation="gelu").sum().backward()
+        layer_norm(x, torch.ones(5), torch.zeros(5)).sum().backward()
+        causal_attention(*torch.randn(3, 1, 4, 2, 8))
         adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
         norm_apply.APPLY(x.detach(), *[torch.ones(1, 2)] * 2, *[torch.ones(4)] * 2, None, None, True)
         rule = StepRule(table=torch.ones(1, 8), deviation="table", direction="x", clip=True)
