@@ -57,7 +57,7 @@ def sum_kernel(
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """conv(x) + bias + residual, channels-last; ``bias`` is [K] or [B, K], the residual may be half as wide."""
+    """conv(x) + bias + residual, channels-last; ``bias`` [K] or [B, K], the residual as large or half so."""
     half = residual is not None and residual.shape[2:] != x.shape[2:]
     if not tiles.covered(x, reference.RESAMPLE_UP if half else reference.RESAMPLE_NONE, weight.shape[0]):
         return composed(x, weight, bias, residual)

@@ -273,6 +273,7 @@ class _Call:
         """The launches, by a configuration of `table`."""
         if self.table == "group_norm_one_pass":
             return [self._one_pass(configuration)]
+        configuration = tiles.unlimited(configuration, self.channels, self.maps["split"])
         cut = Cut.of(self.batch, self.channels, self.groups, self.pixels, configuration)
         if self.saved:
             absent = {"moments": self.statistics.mean, "plane": 0, **cut.arguments, "chunks": 1}

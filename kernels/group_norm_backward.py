@@ -324,7 +324,8 @@ class _Call:
             **self.maps, **cut.arguments, "channel_sums": channel_sums, "group_sums": group_sums,
             "channel_plane": channel_sums.numel() // 2, "group_plane": group_sums.numel() // 2,
         }  # fmt: skip
-        sums = Launch(sums_kernel, self.batch * cut.blocks * cut.chunks, arguments, configuration)
+        limited = tiles.unlimited(configuration, self.channels)
+        sums = Launch(sums_kernel, self.batch * cut.blocks * cut.chunks, arguments, limited)
         runs, run_pixels = tiles.divide(self.pixels, cut.rows, tiles.PROGRAMS // (self.batch * cut.blocks))
         arguments = {
             **arguments, **self.results, "runs": runs, "run_pixels": run_pixels,

@@ -164,6 +164,12 @@ def divide(items: int, unit: int, most: int) -> tuple[int, int]:
     return triton.cdiv(items, size), size
 
 
+def unlimited(configuration: Configuration, *channels: int) -> Configuration:
+    """The configuration; without a limit of registers where channels fill no wide loads, which need more."""
+    aligned = all(each % 16 == 0 for each in channels)
+    return configuration if aligned else replace(configuration, registers=None)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How the split kernels cut pictures [P, C] into tiles, and a group's moments into parts."""

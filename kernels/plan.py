@@ -28,7 +28,10 @@ _ALIGNMENT = 16  # what Triton specialises pointers and numbers by
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel by a configuration's options; arguments in the order of the kernel's or not."""
+    """One launch of a kernel by a configuration's options.
+
+    Arguments may come in any order and be more than the kernel takes: some launches share theirs.
+    """
 
     kernel: Any
     programs: int
@@ -37,7 +40,8 @@ class Launch:
 
     def start(self) -> None:
         """Launch it, on the current device."""
-        self.kernel[(self.programs,)](**self.arguments, **self.configuration.options)
+        arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
+        self.kernel[(self.programs,)](**arguments, **self.configuration.options)
 
     def case(self, name: str) -> Case:
         """What is compiled for it: as the launch itself specialises its arguments."""
@@ -66,7 +70,9 @@ def start(launches: Iterable[Launch]) -> None:
         each.start()
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(str(_kind(part)) for part in value)
     if isinstance(value, Tensor):
         aligned = value.storage_offset() * value.element_size() % _ALIGNMENT == 0
         return _TYPES[value.dtype] + (":16" if aligned else "")
@@ -74,6 +80,6 @@ def _kind(value: Any) -> str:
         return f"tensordesc<{_TYPES[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}]>"
     if isinstance(value, float):
         return "fp32"
-    if value == 1:
+    if value is None or value == 1:
         return "constexpr"
     return "i32" + (":16" if value % _ALIGNMENT == 0 else "")
