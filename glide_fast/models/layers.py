@@ -290,7 +290,9 @@ class ResBlock(nn.Module):
         """
         if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
             x, skip = torch.cat([x, skip], dim=1), None
-        projected = embedding[self] if isinstance(embedding, Mapping) else self.emb_layers["1"](embedding)
+        projected: Any = (
+            embedding[self] if isinstance(embedding, Mapping) else self.emb_layers["1"](embedding)
+        )
         modulation = projected.to(x.dtype).expand(len(x), -1)
         film = modulation.chunk(2, dim=1) if self.scale_shift_norm else None
         h = activated_convolution(

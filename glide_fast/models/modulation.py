@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,11 @@ def modulations(
 
 def projected(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
     """Each block's projection [B, modulation] of the embedding [B, E], by one product."""
-    layers = [block.emb_layers["1"] for block in blocks]
+    layers: list[Any] = [block.emb_layers["1"] for block in blocks]
     with _lock:
         weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
     y = ops.linear(embedding.to(weight.dtype), weight, bias.to(weight.dtype)).to(dtype)
-    parts = y.split([layer.out_features for layer in layers], dim=1)
+    parts = torch.split(y, [layer.out_features for layer in layers], dim=1)
     return dict(zip(blocks, parts, strict=True))
 
 
@@ -53,9 +54,8 @@ def joined(parameters: Sequence[nn.Parameter]) -> Tensor:
     if not _are_neighbours(parameters):
         with torch.inference_mode(mode=False), torch.no_grad():
             whole = torch.cat([each.detach() for each in parameters])
-            for parameter, part in zip(
-                parameters, whole.split([len(each) for each in parameters]), strict=True
-            ):
+            parts = torch.split(whole, [len(each) for each in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data = part
     rows = sum(len(each) for each in parameters)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,8 @@ class Trunk(TextConditioned):
 
     def stages(self) -> Iterator[Stage]:
         """Every stage in the order in which they compute."""
-        for part in (self.input_blocks, [self.middle_block], getattr(self, "output_blocks", ())):
+        parts: tuple[Any, ...] = self.input_blocks, [self.middle_block], getattr(self, "output_blocks", ())
+        for part in parts:
             yield from part
 
     def encode(self, x: Tensor, embedding: Given, text: Given | None = None) -> list[Tensor]:
