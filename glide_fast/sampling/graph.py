@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ Kept = tuple[object, ...]
 Function = Callable[[Kept, Tensors, Tensors], Tensors]
 Self = TypeVar("Self", bound="Capturable")
 MOST_GRAPHS = 8
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class CannotCaptureError(RuntimeError):
@@ -188,8 +187,6 @@ class Graphs:
         place = self.recorder.place(device)
         readers = [capturable(part) for part in parts]
         networks = tuple(network for reader in readers for network in reader.networks)
-        for network in networks:
-            _check(network, device)
         inputs = tuple(tensor for reader in readers for tensor in reader.inputs)
         key = (
             place,
@@ -212,9 +209,7 @@ class Graphs:
                 _fill(graph.inputs, session.inputs)
                 graph.reader = session.token
             outputs = self._run(graph, session, function)
-            copies = tuple(output.clone() for output in outputs)
-            self._make_room(session.device)
-        return copies
+            return tuple(output.clone() for output in outputs)
 
     def _graph(self, key: Hashable, session: Session, arguments: Tensors) -> _Graph:
         graph = self._graphs.get(key)
@@ -227,6 +222,7 @@ class Graphs:
                 arguments=_like(arguments, session.device),
             )
             self._graphs[key] = graph
+        graph.signature = session.signature  # one object, so that the next comparison is short
         self._graphs.move_to_end(key)
         return graph
 
@@ -246,6 +242,7 @@ class Graphs:
             graph.is_warm = True
             results = self.recorder.warm_up(session.device, work)
             graph.signature = session.look()
+            self._make_room(session.device)
             return results
         if graph.recording is None:
             try:
@@ -255,6 +252,7 @@ class Graphs:
                 self.clear()
                 warn_of(self.failure)
                 return work()
+            self._make_room(session.device)
         graph.recording.replay()
         return graph.outputs
 
@@ -283,9 +281,14 @@ class Session:
         self.look()
 
     def look(self) -> Hashable:
-        """Note where the weights are, and hold them, so that no callback frees what a graph reads."""
-        self._weights = [each.detach() for network in self.networks for each in _weights(network)]
-        self.signature = _signature(self.networks)
+        """Note where the weights are, and hold them, so that no callback frees what a graph reads.
+
+        Raises:
+            CannotCaptureError: a replay would not be what a network does.
+        """
+        seen = [_Seen.of(network, self.device) for network in self.networks]
+        self._weights = [each.detach() for network in seen for each in network.tensors]
+        self.signature = tuple(network.signature for network in seen)
         return self.signature
 
     def call(self, name: Hashable, function: Function, arguments: Tensors) -> Tensors:
@@ -302,29 +305,36 @@ def warn_of(reason: str) -> None:
     warnings.warn(f"sampling goes on without a CUDA graph: {reason}", stacklevel=2)
 
 
-def _check(network: nn.Module, device: torch.device) -> None:
-    for name, module in network.named_modules():
-        where = f"{type(network).__name__}{'.' if name else ''}{name}"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise CannotCaptureError(f"a hook watches {where}, and no replay would call it; remove it")
-        if module.training:
-            raise CannotCaptureError(f"{where} is in training mode, where it may draw numbers; call eval()")
-    for tensor in _weights(network):
-        if tensor.device != device:
-            kind = type(network).__name__
-            raise CannotCaptureError(f"weights of {kind} are on {tensor.device}, not {device}; move them")
+class _Seen(NamedTuple):
+    """A network's tensors, and all that must be as it is for a replay to be right."""
+
+    tensors: list[Tensor]
+    signature: Hashable
+
+    @classmethod
+    def of(cls, network: nn.Module, device: torch.device) -> _Seen:
+        layers: list[object] = []
+        tensors: list[Tensor] = []
+        for module in network.modules():
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
+                raise CannotCaptureError(_objection(network, module))
+            layers += (id(module), type(module), module.__dict__.get("compute_dtype"))
+            for own in (module._parameters, module._buffers):
+                tensors += [tensor for tensor in own.values() if tensor is not None]
+        for tensor in tensors:
+            if tensor.device != device:
+                kind = type(network).__name__
+                raise CannotCaptureError(f"weights of {kind} are on {tensor.device}, not {device}; move them")
+        places = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        return cls(tensors, (tuple(layers), tuple(places)))
 
 
-def _weights(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
-
-
-def _signature(networks: Sequence[nn.Module]) -> Hashable:
-    """What must be as it was for a replay to be right: the layers and where their weights are."""
-    modules = [module for network in networks for module in network.modules()]
-    layers = ((id(module), type(module), getattr(module, "compute_dtype", None)) for module in modules)
-    tensors = (tensor for network in networks for tensor in _weights(network))
-    return tuple(layers), tuple((each.data_ptr(), each.dtype, each.shape, each.stride()) for each in tensors)
+def _objection(network: nn.Module, module: nn.Module) -> str:
+    name = next(name for name, each in network.named_modules() if each is module)
+    where = f"{type(network).__name__}{'.' if name else ''}{name}"
+    if module.training:
+        return f"{where} is in training mode, where it may draw numbers; call eval()"
+    return f"a hook watches {where}, and no replay would call it; remove it"
 
 
 def _shapes(tensors: Sequence[Tensor]) -> Hashable:

@@ -25,14 +25,14 @@ class CudaRecording:
 
 
 class CudaRecorder:
-    """Captures on a stream of its own, where what is captured ran once before.
+    """Captures on a stream beside the current one, where what is captured ran once before.
 
     Random numbers are not drawn inside: the generator's state is the same before and after, also where
     capturing fails.
     """
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[Hashable, torch.cuda.Stream] = {}
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cuda"
@@ -72,9 +72,11 @@ class CudaRecorder:
         return CudaRecording(graph, torch.cuda.memory_reserved(device) - reserved), results
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
+        """The one beside the current stream: workspaces of libraries, which go by stream, are not shared."""
+        place = device, torch.cuda.current_stream(device).cuda_stream
+        if place not in self._streams:
+            self._streams[place] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[place]
 
 
 _recorder = CudaRecorder()
