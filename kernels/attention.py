@@ -25,13 +25,26 @@ from torch import Tensor
 from glide_fast.kernels import launch
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration, choose, run
+from glide_fast.kernels.plan import Launch
 from glide_fast.ops import dispatch
 
 LARGEST_HEAD = 128
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CASES = (("fp16", 32), ("fp16", 64), ("fp16", 96), ("bf16", 128), ("fp32", 64), ("fp32", 128))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Shape = tuple[str, int, int, int, int, int | None]
+# Dtype, batch, queries, heads, head dimension and text of what is compiled to see its resources: GLIDE's base
+# network in inference and training, odd lengths, the heads of Improved DDPM.
+SHAPES: tuple[Shape, ...] = (
+    ("fp16", 2, 1024, 6, 64, 128),
+    ("bf16", 64, 1024, 6, 64, 128),
+    ("fp16", 1, 197, 12, 32, 77),
+    ("fp16", 2, 256, 4, 96, None),
+    ("bf16", 2, 64, 4, 128, 77),
+    ("fp32", 2, 1024, 6, 64, 128),
+    ("fp32", 2, 70, 4, 128, 77),
+)
+_WARPGROUPS = (90, 100, 103)  # architectures whose matrix instructions four warps issue together
+_MANY = 4 * 132 * 128  # queries: four tiles of 128 for every multiprocessor of an H100
 _SMALLEST_TILE = 16  # that a matrix instruction takes
-_LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -186,17 +199,41 @@ class Operands:
 
     @property
     def dim(self) -> int:
-        """Columns of a tile: the head dimension up to a power of two."""
-        return padded(self.image[0].shape[3])
+        """Columns of a tile: the head dimension up to a power of two that a matrix instruction takes."""
+        return max(_SMALLEST_TILE, triton.next_power_of_2(self.image[0].shape[3]))
 
-    def has_descriptors(self, *more: Tensor) -> bool:
+    def take_descriptors(self, *more: Tensor) -> bool:
         """Whether these and more tensors can all be read by descriptors."""
         return launch.takes_descriptors(*self.image, *self.text, *more)
 
-    def is_even(self, columns: int) -> bool:
-        """Whether tiles of so many keys leave no rest."""
-        lengths = [tensors[0].shape[1] for tensors in (self.image, self.text) if tensors]
-        return all(length % columns == 0 for length in lengths)
+    def arguments(self, cut: Configuration, descriptors: bool) -> dict[str, Any]:
+        """What both kernels are told of their operands: rows are queries, columns keys."""
+        query, key, value = self.image
+        text_key, text_value = self.text or (None, None)
+        dim, lengths = query.shape[3], [tensors[0].shape[1] for tensors in (self.image, self.text) if tensors]
+
+        def tiles(tensor: Tensor | None, rows: int) -> Any:
+            return by_head(tensor, rows, self.dim) if descriptors and tensor is not None else tensor
+
+        return {
+            "query": tiles(query, cut.rows),
+            "key": tiles(key, cut.columns),
+            "value": tiles(value, cut.columns),
+            "text_key": tiles(text_key, cut.columns),
+            "text_value": tiles(text_value, cut.columns),
+            "queries": query.shape[1],
+            "text": 0 if text_key is None else text_key.shape[1],
+            "heads": query.shape[2],
+            "strides": query.stride()[:3],
+            "text_strides": (0, 0, 0) if text_key is None else text_key.stride()[:3],
+            "D": dim,
+            "SCALE": dim**-0.5 * math.log2(math.e),
+            "EVEN": all(length % cut.columns == 0 for length in lengths),
+            "DESCRIPTORS": descriptors,
+            "ROWS": cut.rows,
+            "COLUMNS": cut.columns,
+            "DIM": self.dim,
+        }
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -206,19 +243,9 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def padded(dim: int) -> int:
-    """The head dimension up to the next power of two that a matrix instruction takes."""
-    return max(_SMALLEST_TILE, triton.next_power_of_2(dim))
-
-
-def by_head(tensor: Tensor, rows: int, dim: int, descriptors: bool) -> Any:
-    """What `load_tile` reads: a descriptor of [B, N, T, D] in tiles, or the tensor itself."""
-    return launch.descriptor(tensor.transpose(1, 2), (1, 1, rows, dim)) if descriptors else tensor
-
-
-def scale(dim: int) -> float:
-    """Scores are multiplied by this before exp2."""
-    return dim**-0.5 * _LOG2_E
+def by_head(tensor: Tensor, rows: int, dim: int) -> Any:
+    """A descriptor of [B, N, T, D] in tiles of one head's positions, for `load_tile`."""
+    return launch.descriptor(tensor.transpose(1, 2), (1, 1, rows, dim))
 
 
 def precision(architecture: str, dtype: torch.dtype) -> str:
@@ -228,7 +255,7 @@ def precision(architecture: str, dtype: torch.dtype) -> str:
 
 def serves(query: Tensor) -> bool:
     """Whether the kernels compute in this dtype and head dimension, and there is anything to compute."""
-    return query.dtype in DTYPES and query.shape[3] <= LARGEST_HEAD and query.numel() > 0
+    return query.dtype in DTYPES.values() and query.shape[3] <= LARGEST_HEAD and query.numel() > 0
 
 
 def attention(
@@ -239,72 +266,59 @@ def attention(
         plain: tuple[Tensor, Tensor] = dispatch.default("attention")(query, key, value, text_key, text_value)
         return plain
     operands = Operands.of(query, key, value, text_key, text_value)
-    bits = 8 * query.element_size()
-    return run("attention", query.device, bits, operands.dim, lambda cut: _launch(operands, cut))
+    architecture = launch.architecture(query.device)
+
+    def start(cut: Configuration) -> tuple[Tensor, Tensor]:
+        planned = plan(operands, cut, architecture)
+        planned.start()
+        return planned.arguments["output"], planned.arguments["log_sum"]
+
+    return run(_row(query, architecture), query.device, 8 * query.element_size(), operands.dim, start)
 
 
-def _launch(operands: Operands, cut: Configuration) -> tuple[Tensor, Tensor]:
+def _row(query: Tensor, architecture: str) -> str:
+    """The kernel's name in the table: two warpgroups share keys and values where queries are many."""
+    shared = launch.number(architecture) in _WARPGROUPS and query.element_size() == 2
+    batch, queries, heads, _ = query.shape
+    return "attention_of_many" if shared and batch * heads * queries >= _MANY else "attention"
+
+
+def plan(operands: Operands, cut: Configuration, architecture: str) -> Launch:
+    """The launch, with the memory of its results `output` and `log_sum`."""
     query = operands.image[0]
-    batch, queries, heads, dim = query.shape
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    log_sum = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    descriptors = operands.has_descriptors()
-    image = [
-        by_head(tensor, rows, operands.dim, descriptors)
-        for tensor, rows in zip(operands.image, (cut.rows, cut.columns, cut.columns), strict=True)
-    ]
-    text = [by_head(tensor, cut.columns, operands.dim, descriptors) for tensor in operands.text]
-    _forward[(triton.cdiv(queries, cut.rows) * batch * heads,)](
-        *image,
-        *(text or (None, None)),
-        output,
-        log_sum,
-        queries,
-        operands.text[0].shape[1] if text else 0,
-        heads,
-        query.stride()[:3],
-        operands.text[0].stride()[:3] if text else (0, 0, 0),
-        D=dim,
-        SCALE=scale(dim),
-        EVEN=operands.is_even(cut.columns),
-        DESCRIPTORS=descriptors,
-        ROWS=cut.rows,
-        COLUMNS=cut.columns,
-        DIM=operands.dim,
-        PRECISION=precision(launch.architecture(query.device), query.dtype),
-        **cut.options,
-    )
-    return output, log_sum
+    batch, queries, heads, _ = query.shape
+    descriptors = launch.number(architecture) >= 90 and operands.take_descriptors()
+    arguments = operands.arguments(cut, descriptors) | {
+        "output": torch.empty_like(query, memory_format=torch.contiguous_format),
+        "log_sum": query.new_empty((batch, heads, queries), dtype=torch.float32),
+        "PRECISION": precision(architecture, query.dtype),
+    }
+    return Launch(_forward, triton.cdiv(queries, cut.rows) * batch * heads, arguments, cut)
+
+
+def case_inputs(shape: Shape) -> list[Tensor | None]:
+    """Inputs without memory of one of SHAPES, laid out as the networks' projections are."""
+    kind, batch, queries, heads, dim, text = shape
+
+    def views(length: int, parts: int) -> tuple[Tensor, ...]:
+        product = torch.empty(batch, length, heads, parts, dim, dtype=DTYPES[kind], device="meta")
+        return product.unbind(3)
+
+    return [*views(queries, 3), *(views(text, 2) if text else (None, None))]
+
+
+def case_name(op: str, shape: Shape) -> str:
+    """Name of a case in reports."""
+    kind, batch, queries, heads, dim, text = shape
+    return f"{op} {kind} {batch}x{queries}x{heads}x{dim} text {text}"
 
 
 def cases(target: str) -> list[Case]:
-    """What is compiled to see the kernel's resources: text and image, keys not a multiple of the tile."""
-    return [_case(target, kind, dim, launch.number(target) >= 90) for kind, dim in CASES]
-
-
-def _case(target: str, kind: str, dim: int, descriptors: bool) -> Case:
-    bits = int(kind[-2:])
-    cut = choose("attention", target, bits, padded(dim))
-    dtype = next(dtype for dtype, name in DTYPES.items() if name == kind)
-    signature: dict[str, str | tuple[str, ...]] = {"query": source(kind, cut.rows, dim, descriptors)}
-    for name in ("key", "value", "text_key", "text_value"):
-        signature[name] = source(kind, cut.columns, dim, descriptors)
-    constants = {
-        "D": dim,
-        "SCALE": scale(dim),
-        "EVEN": False,
-        "DESCRIPTORS": descriptors,
-        "ROWS": cut.rows,
-        "COLUMNS": cut.columns,
-        "DIM": padded(dim),
-        "PRECISION": precision(target, dtype),
-    }
-    signature |= {"output": f"*{kind}:16", "log_sum": "*fp32:16", "queries": "i32:16", "text": "i32:16"}
-    signature |= {"heads": "i32", "strides": ("i32:16",) * 3, "text_strides": ("i32:16",) * 3}
-    signature |= dict.fromkeys(constants, "constexpr")
-    return Case(f"attention {kind} D={dim}", _forward, signature, constants, cut.warps, cut.stages)
-
-
-def source(kind: str, rows: int, dim: int, descriptors: bool) -> str:
-    """The type of what `load_tile` reads, in a case's signature."""
-    return f"tensordesc<{kind}[1,1,{rows},{padded(dim)}]>" if descriptors else f"*{kind}:16"
+    """What is compiled to see the kernel's resources."""
+    found = []
+    for shape in SHAPES:
+        operands = Operands.of(*case_inputs(shape))
+        query = operands.image[0]
+        cut = choose(_row(query, target), target, 8 * query.element_size(), operands.dim)
+        found.append(plan(operands, cut, target).case(case_name("attention", shape)))
+    return found

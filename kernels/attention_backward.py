@@ -12,8 +12,6 @@ Work: 14 B N T (S + T) D FLOP, 10 of which a pass with atomics would need.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,22 +19,22 @@ from torch import Tensor
 
 from glide_fast.kernels import launch
 from glide_fast.kernels.attention import (
-    CASES,
-    DTYPES,
+    SHAPES,
     Operands,
     by_head,
+    case_inputs,
+    case_name,
     load_tile,
-    padded,
     precision,
-    scale,
     serves,
-    source,
     store_tile,
 )
 from glide_fast.kernels.compilation import Case
-from glide_fast.kernels.configurations import Configuration, choose, run
+from glide_fast.kernels.configurations import Configuration, choose, kin, run
+from glide_fast.kernels.plan import Launch
 from glide_fast.ops import dispatch
 
+GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_text_key", "grad_text_value")
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -213,90 +211,55 @@ def attention_backward(
         plain: _Gradients = default(grad, query, key, value, text_key, text_value, output, log_sum)
         return plain
     operands = Operands.of(query, key, value, text_key, text_value)
-    gradients = run(
-        "attention_backward",
-        query.device,
-        8 * query.element_size(),
-        operands.dim,
-        lambda cut: _launch(operands, output.contiguous(), grad.contiguous(), log_sum.contiguous(), cut),
-    )
+    saved = output.contiguous(), grad.contiguous(), log_sum.contiguous()
+    architecture = launch.architecture(query.device)
+
+    def start(cut: Configuration) -> list[Tensor]:
+        planned = plan(operands, saved, cut, architecture)
+        planned.start()
+        return [planned.arguments[name] for name in GRADIENTS[: len(operands.image + operands.text)]]
+
+    bits = 8 * query.element_size()
+    found = run("attention_backward", query.device, bits, operands.dim, start)
     absent = [query.new_empty(0 if tensor is None else tensor.shape) for tensor in (text_key, text_value)]
-    return (*gradients[:3], *(gradients[3:] or absent))
+    return (*found[:3], *(found[3:] or absent))
 
 
-def _launch(
-    operands: Operands, output: Tensor, grad: Tensor, log_sum: Tensor, cut: Configuration
-) -> list[Tensor]:
-    query = operands.image[0]
-    batch, queries, heads, dim = query.shape
-    text = operands.text[0].shape[1] if operands.text else 0
-    gradients = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (*operands.image, *operands.text)
-    ]
+def plan(
+    operands: Operands, saved: tuple[Tensor, Tensor, Tensor], cut: Configuration, architecture: str
+) -> Launch:
+    """The launch, with the memory of the gradients; saved are output, its gradient and log_sum, all dense."""
+    output, grad, log_sum = saved
+    batch, queries, heads, _ = output.shape
     # Products of float32 take their factors from registers: going through descriptors costs more of them.
-    descriptors = operands.has_descriptors(grad) and query.dtype is not torch.float32
-
-    def tiles(tensor: Tensor, rows: int) -> Any:
-        return by_head(tensor, rows, operands.dim, descriptors)
-
-    programs = (
-        triton.cdiv(text, cut.columns) + triton.cdiv(queries, cut.columns) + triton.cdiv(queries, cut.rows)
+    descriptors = (
+        launch.number(architecture) >= 90
+        and grad.dtype is not torch.float32
+        and operands.take_descriptors(grad)
     )
-    _backward[(programs * batch * heads,)](
-        tiles(query, cut.rows),
-        *(tiles(tensor, cut.columns) for tensor in operands.image[1:]),
-        *([tiles(tensor, cut.columns) for tensor in operands.text] or (None, None)),
-        output,
-        tiles(grad, cut.rows),
-        log_sum,
-        *gradients[:3],
-        *(gradients[3:] or (None, None)),
-        queries,
-        text,
-        heads,
-        query.stride()[:3],
-        operands.text[0].stride()[:3] if text else (0, 0, 0),
-        output.stride()[:3],
-        D=dim,
-        SCALE=scale(dim),
-        EVEN=operands.is_even(cut.columns),
-        DESCRIPTORS=descriptors,
-        ROWS=cut.rows,
-        COLUMNS=cut.columns,
-        DIM=operands.dim,
-        PRECISION=precision(launch.architecture(query.device), query.dtype),
-        **cut.options,
-    )
-    return gradients
+    arguments = operands.arguments(cut, descriptors) | {
+        "output": output,
+        "grad": by_head(grad, cut.rows, operands.dim) if descriptors else grad,
+        "log_sum": log_sum,
+        "output_strides": output.stride()[:3],
+        # On a desktop's GPU float32 is as fast as TF32, and here it needs fewer registers than three of them.
+        "PRECISION": "ieee" if kin(architecture) == "sm_120" else precision(architecture, grad.dtype),
+    }
+    arguments |= dict.fromkeys(GRADIENTS)
+    for name, tensor in zip(GRADIENTS, operands.image + operands.text, strict=False):
+        arguments[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    key_tiles = triton.cdiv(arguments["text"], cut.columns) + triton.cdiv(queries, cut.columns)
+    return Launch(_backward, (key_tiles + triton.cdiv(queries, cut.rows)) * batch * heads, arguments, cut)
 
 
 def cases(target: str) -> list[Case]:
-    """What is compiled to see the kernel's resources: text and image, keys not a multiple of the tile."""
-    return [_case(target, kind, dim) for kind, dim in CASES]
-
-
-def _case(target: str, kind: str, dim: int) -> Case:
-    cut = choose("attention_backward", target, int(kind[-2:]), padded(dim))
-    dtype = next(dtype for dtype, name in DTYPES.items() if name == kind)
-    descriptors = launch.number(target) >= 90 and dtype is not torch.float32
-    rows, columns = (source(kind, size, dim, descriptors) for size in (cut.rows, cut.columns))
-    signature: dict[str, str | tuple[str, ...]] = {"query": rows}
-    signature |= dict.fromkeys(("key", "value", "text_key", "text_value"), columns)
-    signature |= {"output": f"*{kind}:16", "grad": rows, "log_sum": "*fp32:16"}
-    gradients = ("grad_query", "grad_key", "grad_value", "grad_text_key", "grad_text_value")
-    signature |= dict.fromkeys(gradients, f"*{kind}:16")
-    constants = {
-        "D": dim,
-        "SCALE": scale(dim),
-        "EVEN": False,
-        "DESCRIPTORS": descriptors,
-        "ROWS": cut.rows,
-        "COLUMNS": cut.columns,
-        "DIM": padded(dim),
-        "PRECISION": precision(target, dtype),
-    }
-    signature |= {"queries": "i32:16", "text": "i32:16", "heads": "i32"}
-    signature |= dict.fromkeys(("strides", "text_strides", "output_strides"), ("i32:16",) * 3)
-    signature |= dict.fromkeys(constants, "constexpr")
-    return Case(f"attention_backward {kind} D={dim}", _backward, signature, constants, cut.warps, cut.stages)
+    """What is compiled to see the kernel's resources."""
+    found = []
+    for shape in SHAPES:
+        operands = Operands.of(*case_inputs(shape))
+        query = operands.image[0]
+        dense = query.contiguous()
+        saved = dense, dense, dense.new_empty((query.shape[0], *query.shape[2:0:-1]), dtype=torch.float32)
+        cut = choose("attention_backward", target, 8 * query.element_size(), operands.dim)
+        found.append(plan(operands, saved, cut, target).case(case_name("attention_backward", shape)))
+    return found

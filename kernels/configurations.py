@@ -54,12 +54,16 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention", ("sm_100",), 32, 128, Configuration(64, 32, 8, 2)),
     ("attention", ("sm_80",), 32, 128, Configuration(32, 32, 4, 2)),
     ("attention", None, 32, 128, Configuration(16, 32, 4, 1)),
+    ("attention_of_many", ("sm_90", "sm_100"), 16, 32, Configuration(64, 64, 4, 2)),
+    ("attention_of_many", ("sm_90", "sm_100"), 16, 128, Configuration(128, 64, 8, 2)),
     ("attention_backward", ("gfx942",), None, None, Configuration(32, 32, 4, 1)),
     ("attention_backward", ("sm_80", "sm_120"), 16, 64, Configuration(64, 32, 4, 1)),
     ("attention_backward", ("sm_80", "sm_120"), 16, 128, Configuration(32, 32, 4, 1)),
     ("attention_backward", None, 16, 64, Configuration(64, 64, 4, 1)),
     ("attention_backward", None, 16, 128, Configuration(64, 64, 8, 1)),
     ("attention_backward", ("sm_90",), 32, 64, Configuration(32, 16, 4, 1)),
+    ("attention_backward", ("sm_120",), 32, 64, Configuration(32, 32, 8, 1)),
+    ("attention_backward", ("sm_120",), 32, 128, Configuration(16, 16, 8, 1)),
     ("attention_backward", None, 32, 64, Configuration(16, 32, 4, 1)),
     ("attention_backward", None, 32, 128, Configuration(16, 16, 4, 1)),
     # rows are pixels, columns channels, the shape class the pixels of a picture
@@ -68,6 +72,12 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
     ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 8, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
+    # rows times columns are the elements of a program's rows, the shape class the channels
+    ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
+    ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
+    ("layer_norm_backward", None, None, 2048, Configuration(1, 2048, 8, 1)),
+    ("layer_norm_backward", None, None, None, Configuration(1, 4096, 8, 1)),
+    ("layer_norm_parameters", None, None, None, Configuration(32, 32, 4, 1)),
     ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
     # rows are pixels, columns channels, the shape class the widest tile that is worth its while
     ("convolution", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
@@ -93,6 +103,11 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
 _KIN = {"sm_86": "sm_120", "sm_87": "sm_80", "sm_89": "sm_120", "sm_103": "sm_100", "sm_121": "sm_120"}
 
 
+def kin(architecture: str) -> str:
+    """The architecture whose rows of the table a GPU takes: its own, or that of its kin."""
+    return "gfx942" if architecture.startswith("gfx") else _KIN.get(architecture, architecture)
+
+
 @functools.cache
 def choose(kernel: str, architecture: str, bits: int, shape_class: int = 0) -> Configuration:
     """The configuration of a kernel.
@@ -106,11 +121,9 @@ def choose(kernel: str, architecture: str, bits: int, shape_class: int = 0) -> C
     Raises:
         ValueError: no row fits.
     """
-    kin = _KIN.get(architecture, architecture)
-    if kin.startswith("gfx"):
-        kin = "gfx942"
+    own = kin(architecture)
     for name, architectures, row_bits, largest, configuration in TABLE:
-        fits = name == kernel and (architectures is None or kin in architectures)
+        fits = name == kernel and (architectures is None or own in architectures)
         if fits and row_bits in (None, bits) and (largest is None or shape_class <= largest):
             return configuration
     raise ValueError(

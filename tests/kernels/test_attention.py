@@ -228,12 +228,12 @@ def test_both_ops_are_registered() -> None:
 LAUNCHES = """
 from glide_fast.kernels.attention import attention
 from glide_fast.kernels.attention_backward import attention_backward
-image = torch.zeros(2, 70, 6, 3, 64, dtype=torch.float16).unbind(3)
-text = torch.zeros(2, 130, 6, 2, 64, dtype=torch.float16).unbind(3)
+image = torch.zeros(2, 1024, 6, 3, 64, dtype=torch.float16).unbind(3)
+text = torch.zeros(2, 128, 6, 2, 64, dtype=torch.float16).unbind(3)
 attention_backward(image[0], *image, *text, *attention(*image, *text))
 """
-ATTENTION = ("attention", "attention fp16 D=64")
-BACKWARD = ("attention_backward", "attention_backward fp16 D=64")
+ATTENTION = ("attention", "attention fp16 2x1024x6x64 text 128")
+BACKWARD = ("attention_backward", "attention_backward fp16 2x1024x6x64 text 128")
 
 
 def test_a_launch_compiles_to_what_the_listed_cases_compile_to() -> None:
