@@ -12,9 +12,41 @@ namespace {
 
 constexpr int64_t BLOCK_QUERIES = 48;  // at most
 constexpr int64_t OPERATIONS_PER_EXPONENTIAL = 32;
+constexpr int64_t SMALL_HEAD = 1 << 15;  // packed floats that leave room in the second cache
+constexpr int64_t HEADS_PER_THREAD = 4;  // fewer would not share out evenly
 
 AttentionTensor view_of(const Tensor& tensor) {
     return {data(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+int64_t operations_of_block(const Attention& problem) {
+    return problem.block_queries * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);
+}
+
+// One head after the other, its packed keys and values still in the caches when they are read.
+void attend_heads(Attention problem, int64_t begin, int64_t end) {
+    const AttentionKernels& kernels = *current_isa().attention;
+    float* memory = scratch_memory<ScratchUse::OWN>(problem.packed_floats() + kernels.scratch(problem));
+    problem.packed_keys = memory;
+    problem.packed_values = memory + problem.padded_keys() * problem.dim;
+    for (int64_t head = begin; head < end; ++head) {
+        problem.first_packed = head;
+        kernels.pack(problem, head * problem.key_panels(), (head + 1) * problem.key_panels());
+        kernels.attend(problem, head * problem.query_blocks(), (head + 1) * problem.query_blocks(),
+                       memory + problem.packed_floats());
+    }
+}
+
+// All threads at the same heads, with the packed keys and values of all.
+void attend_together(Attention problem, int64_t heads, int64_t operations) {
+    const AttentionKernels& kernels = *current_isa().attention;
+    problem.packed_keys = scratch_memory<ScratchUse::SHARED>(heads * problem.packed_floats());
+    problem.packed_values = problem.packed_keys + heads * problem.padded_keys() * problem.dim;
+    for_each_task(heads * problem.key_panels(), 8 * PANEL * problem.dim,
+                  [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });
+    for_each_task(heads * problem.query_blocks(), operations, [&](int64_t begin, int64_t end) {
+        kernels.attend(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
+    });
 }
 
 void attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor text_key,
@@ -35,20 +67,13 @@ void attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor te
 
     problem.output = mutable_data(output);
     problem.log_sum = mutable_data(log_sum);
-    const int64_t heads = problem.batch * problem.heads;
-    const int64_t key_floats = heads * problem.padded_keys() * problem.dim;
-    problem.packed_keys =
-        scratch_memory<ScratchUse::SHARED>(key_floats + heads * problem.padded_keys() * problem.padded_dim());
-    problem.packed_values = problem.packed_keys + key_floats;
-
-    const AttentionKernels& kernels = *current_isa().attention;
-    for_each_task(heads * problem.key_panels(), 8 * PANEL * problem.dim,
-                  [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });
-    const int64_t operations =
-        problem.block_queries * problem.keys() * (4 * problem.dim + OPERATIONS_PER_EXPONENTIAL);
-    for_each_task(heads * problem.query_blocks(), operations, [&](int64_t begin, int64_t end) {
-        kernels.attend(problem, begin, end, scratch_memory<ScratchUse::OWN>(kernels.scratch(problem)));
-    });
+    const int64_t heads = problem.batch * problem.heads, block = operations_of_block(problem);
+    const bool small = problem.packed_floats() <= SMALL_HEAD;
+    if (small && heads >= HEADS_PER_THREAD * static_cast<int64_t>(torch::stable::get_num_threads()))
+        for_each_task(heads, problem.query_blocks() * block,
+                      [&](int64_t begin, int64_t end) { attend_heads(problem, begin, end); });
+    else
+        attend_together(problem, heads, block);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ struct Attention {
     AttentionTensor query, key, value, text_key, text_value;
     float *packed_keys,
         *packed_values;     // panels [dim, PANEL] of keys; panels [keys, PANEL]
+    int64_t first_packed;   // head
     float* output;          // [B, T, N, D]
     float* log_sum;         // [B, N, T]
     int64_t block_queries;  // of a task
@@ -30,6 +31,7 @@ struct Attention {
     int64_t padded_keys() const { return key_panels() * PANEL; }
     int64_t value_panels() const { return divide_up(dim, PANEL); }
     int64_t padded_dim() const { return value_panels() * PANEL; }
+    int64_t packed_floats() const { return padded_keys() * (dim + padded_dim()); }  // of a head
     int64_t query_blocks() const { return divide_up(queries, block_queries); }
 };
 

@@ -34,7 +34,7 @@ inline void copy_row(const Attention& problem, const float* source, int64_t dim,
 }
 
 void pack_panel(const Attention& problem, int64_t picture, int64_t head, int64_t panel) {
-    const int64_t index = picture * problem.heads + head, dim = problem.dim;
+    const int64_t index = picture * problem.heads + head - problem.first_packed, dim = problem.dim;
     float* keys = problem.packed_keys + (index * problem.key_panels() + panel) * dim * PANEL;
     float* values = problem.packed_values + index * problem.padded_keys() * problem.padded_dim();
     for (int64_t column = 0; column < PANEL; ++column) {
@@ -113,8 +113,9 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
     const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(problem.dim)));
     float *scores = scratch, *sums = scores + rows * BLOCK_KEYS;
     float *totals = sums + rows * width, *maximum = totals + rows * LANES;
-    const float* keys = problem.packed_keys + index * problem.key_panels() * problem.dim * PANEL;
-    const float* values = problem.packed_values + index * problem.padded_keys() * width;
+    const int64_t place = index - problem.first_packed;
+    const float* keys = problem.packed_keys + place * problem.key_panels() * problem.dim * PANEL;
+    const float* values = problem.packed_values + place * problem.padded_keys() * width;
     for (int64_t row = 0; row < rows; ++row) maximum[row] = LOWEST, store(totals + row * LANES, Vector{});
     const int64_t seen = problem.causal ? first + rows : problem.keys();
     for (int64_t begin = 0; begin < seen; begin += BLOCK_KEYS) {
