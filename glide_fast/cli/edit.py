@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from glide_fast.cli.hardware import Hardware
 from glide_fast.cli.order import Order
 from glide_fast.cli.painter import EMOJI, InpaintingPainter, Painter, painting_model
 from glide_fast.data.images import center_square, load_image
@@ -103,7 +104,7 @@ class Vary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upscale:
+class Upscale(Hardware):
     """Enlarge a picture: PNG files, a grid, and upscale.json, which says how to get them again.
 
     IMAGE is a square as the upsampler learned from: 32 px for "emoji", 64 px for glide-upsample.
@@ -130,6 +131,7 @@ class Upscale:
         picture = load_image(self.image)
         source = EMBEDDED[1] if self.model == EMOJI else painting_model(self.model, upsampler=True)
         upsampler = load_model(source)
+        self.place(upsampler)
         options = replace(
             UPSAMPLER_OPTIONS, sampler=self.sampler, eta=self.eta, steps=self.steps, guidance=self.guidance
         )
@@ -139,7 +141,7 @@ class Upscale:
                 upsampler, picture, prompts, seeds=seeds, options=options, progress=sys.stderr.isatty()
             ),
         )
-        recorded = {"model": self.model, **asdict(options)}
+        recorded = {"model": self.model, "device": self.device, "dtype": self.dtype, **asdict(options)}
         painted.write("upscale", recorded, files_of(source), [self.image])
 
 

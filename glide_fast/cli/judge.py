@@ -7,8 +7,9 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from glide_fast.cli.painter import EMOJI, Painter
@@ -20,6 +21,7 @@ from glide_fast.evaluation.extractors import find_extractor
 from glide_fast.evaluation.judgement import judge
 from glide_fast.evaluation.pictures import read_pictures
 from glide_fast.files import replacing, sha256_of
+from glide_fast.sampling.pipeline import TextToImage
 from glide_fast.training.distributed import joined
 
 
@@ -47,24 +49,31 @@ class Draw:
 
     def run(self) -> None:
         captions = self._captions()
-        model = self.painter.load(self.size)
-        made_by = {
-            **asdict(replace(self.painter, model="", upsampler=None)),
-            "guidance": self.painter.scale(model),
-            "size": model.size,
-            "model_sha256": [sha256_of(path) for path in self.painter.files()],
-        }
-        plan = DrawingPlan(
-            number=self.number, captions=captions, seed=self.seed, batch=self.batch, made_by=made_by
-        )
-        with joined() as world:
-            for stage in (model.base, model.upsampler):
-                if stage is not None:
-                    stage.network.to(world.device)
+        with joined() as world:  # first: it chooses this process's GPU
+            model = self.painter.load(self.size)
+            plan = DrawingPlan(
+                number=self.number,
+                captions=captions,
+                seed=self.seed,
+                batch=self.batch,
+                made_by=self._made_by(model),
+            )
             paint = partial(self.painter.paint, model)
             draw(paint, plan, self.out, world, progress=world.rank == 0 and sys.stderr.isatty())
             if world.rank == 0:
                 print(f"{self.number} pictures in {self.out}")
+
+    def _made_by(self, model: TextToImage) -> dict[str, Any]:
+        """What decides the pictures, whatever the names of the files."""
+        network = model.base.network
+        return {
+            **asdict(replace(self.painter, model="", upsampler=None)),
+            "guidance": self.painter.scale(model),
+            "size": model.size,
+            "device": next(network.parameters()).device.type,
+            "dtype": str(network.compute_dtype),
+            "model_sha256": [sha256_of(path) for path in self.painter.files()],
+        }
 
     def _captions(self) -> list[str]:
         if self.captions == EMOJI:
@@ -97,8 +106,9 @@ class Judge:
     def run(self) -> None:
         samples = read_pictures(self.samples)
         reference = read_pictures(self.reference, size=samples.size)
-        extractor = cached(find_extractor(self.features))
-        clip = None if self.clip is None else cached(find_extractor(self.clip))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        extractor = cached(find_extractor(self.features, device=device))
+        clip = None if self.clip is None else cached(find_extractor(self.clip, device=device))
         found = judge(samples, reference, extractor, clip=clip, progress=sys.stderr.isatty())
         print(found)
         if self.out is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from glide_fast.cli.hardware import Hardware
 from glide_fast.models import PRESETS, ModelConfig
 from glide_fast.models.checkpoint import files_of
 from glide_fast.sampling.graph_cuda import Choice
@@ -26,7 +26,7 @@ EMOJI = "emoji"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painter:
+class Painter(Hardware):
     """Which models paint, and how."""
 
     embedded: ClassVar[tuple[Path, Path]] = EMBEDDED
@@ -49,10 +49,6 @@ class Painter:
     """Share of the contrast that guidance adds and that is taken back, 0 to 1."""
     upsampler_steps: int = 20
     """Steps of the upsampler, 2 to 1000."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Where to paint. Default: on a GPU if there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the models' activations. Default: float16 on a GPU, else float32."""
     graph: Choice = "step"
     """What a CUDA graph holds, on a GPU: a step, the whole loop (faster for small models), or off."""
 
@@ -89,15 +85,8 @@ class Painter:
                 f"size {size} is not one this model paints; choose {' or '.join(map(str, sizes))}"
             )
         model = replace(model, upsampler=None) if size == sizes[0] else model
-        return self._placed(model)
-
-    def _placed(self, model: TextToImage) -> TextToImage:
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("this torch can use no GPU, so --device cuda is not possible; leave it out")
-        if device == "cpu" and self.dtype is None:
-            return model
-        return model.to(device, None if self.dtype is None else getattr(torch, self.dtype))
+        self.place(model.base, model.upsampler)
+        return model
 
     def options(self, model: TextToImage) -> tuple[StageOptions, StageOptions]:
         """How the base model is sampled, and how the upsampler."""

@@ -36,6 +36,6 @@ class Study:
             shown = world.rank == 0 and sys.stderr.isatty()
             sweep(self.settings, self.models, data, self.work, world, progress=shown)
             if world.rank == 0:
-                found = measure(self.settings, self.models, data, self.work, progress=shown)
+                found = measure(self.settings, self.models, data, self.work, world, progress=shown)
                 print(write_report(found, self.settings, self.models, self.out))
                 print(f"{self.out / 'study.md'} has the plot and the table")

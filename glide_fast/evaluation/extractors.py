@@ -56,7 +56,7 @@ class Extractor:
     clip: CLIP | NoisyCLIP | None = None
 
 
-def find_extractor(name: str) -> Extractor:
+def find_extractor(name: str, *, device: torch.device | str = "cpu") -> Extractor:
     """By name: "emoji" (the embedded judge), "inception", a CLIP's preset, or a CLIP's file.
 
     Raises:
@@ -64,17 +64,17 @@ def find_extractor(name: str) -> Extractor:
         FileNotFoundError, ConnectionError, OSError: there is no such file, or the download fails.
     """
     if name == INCEPTION:
-        return inception_extractor()
+        return inception_extractor(device=device)
     source = EMBEDDED_JUDGE if name == EMOJI else name
     clips = [key for key, config in PRESETS.items() if isinstance(config, CLIPConfig | NoisyCLIPConfig)]
     if isinstance(source, str) and is_name(source) and source not in clips:
         raise ValueError(
             f"features {name!r} are neither {EMOJI}, {INCEPTION}, one of {', '.join(clips)}, nor a file"
         )
-    return clip_extractor(source)
+    return clip_extractor(source, device=device)
 
 
-def clip_extractor(source: str | Path) -> Extractor:
+def clip_extractor(source: str | Path, *, device: torch.device | str = "cpu") -> Extractor:
     """The picture embeddings of a CLIP, noise-aware or not, from a file or by the name of a preset.
 
     Raises:
@@ -84,19 +84,20 @@ def clip_extractor(source: str | Path) -> Extractor:
         clip: CLIP | NoisyCLIP = load_network(source, NoisyCLIP)
     else:
         clip = load_network(source, CLIP)
+    clip.to(device)
     features = clip_features(clip, batch=BATCH)
     return Extractor(
         name=Path(source).name,
-        identity=_identity("clip", *(sha256_of(path) for path in files_of(source))),
+        identity=_identity(device, *(sha256_of(path) for path in files_of(source))),
         extract=lambda pictures: PictureFeatures(features(pictures)),
         clip=clip,
     )
 
 
-def inception_extractor(path: Path | None = None) -> Extractor:
+def inception_extractor(path: Path | None = None, *, device: torch.device | str = "cpu") -> Extractor:
     """Pooled and spatial features and probabilities of FID's Inception; see :func:`load_inception`."""
     path = fetch(WEIGHTS.url, sha256=WEIGHTS.sha256) if path is None else path
-    network = load_inception(path)
+    network = load_inception(path).to(device)
 
     @torch.inference_mode()
     def extract(pictures: NDArray[np.uint8]) -> PictureFeatures:
@@ -105,12 +106,12 @@ def inception_extractor(path: Path | None = None) -> Extractor:
         parts = []
         for start in range(0, len(pictures), BATCH):
             part = torch.from_numpy(np.moveaxis(pictures[start : start + BATCH], 3, 1).copy())
-            found = network(part)
-            spatial = spatial_features(found.maps.numpy()).astype(np.float32)
-            parts.append(PictureFeatures(found.pooled.numpy(), spatial, found.probabilities.numpy()))
+            pooled, maps, probabilities = (each.cpu().numpy() for each in network(part.to(device)))
+            spatial = spatial_features(maps).astype(np.float32)
+            parts.append(PictureFeatures(pooled, spatial, probabilities))
         return PictureFeatures.join(parts)
 
-    return Extractor(name=INCEPTION, identity=_identity(INCEPTION, sha256_of(path)), extract=extract)
+    return Extractor(name=INCEPTION, identity=_identity(device, sha256_of(path)), extract=extract)
 
 
 def extract_all(
@@ -125,6 +126,7 @@ def extract_all(
     return PictureFeatures.join(parts)
 
 
-def _identity(*parts: str) -> str:
-    """A digest of who looks and how."""
-    return hashlib.sha256("\n".join([f"reading {READING_VERSION}", *parts]).encode()).hexdigest()
+def _identity(device: torch.device | str, *weights: str) -> str:
+    """A digest of who looks and how; devices round differently."""
+    parts = [f"reading {READING_VERSION}", torch.device(device).type, *weights]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -178,11 +178,12 @@ def measure(
     models: Models,
     data: CaptionedPictures,
     folder: Path,
+    world: World,
     *,
     progress: bool = False,
 ) -> list[Measurement]:
     """What the judge says of each cell that :func:`sweep` painted, and of the captions' own pictures."""
-    judge = load_network(models.judge, NoisyCLIP)
+    judge = load_network(models.judge, NoisyCLIP).to(world.device)
     look = clip_features(judge)
     references, captions = look(data.images), clip_captions(judge, data.captions)
     distractors = min(DISTRACTORS, len(captions) - 1)

@@ -215,7 +215,7 @@ class TestSweep:
     def test_the_judge_measures_what_the_metrics_say(
         self, swept: Path, models: Models, data: CaptionedPictures
     ) -> None:
-        rows = measure(SETTINGS, models, data, swept)
+        rows = measure(SETTINGS, models, data, swept, World())
         assert len(rows) == 3 * 5
         judge = load_network(models.judge, NoisyCLIP)
         look, texts = clip_features(judge), clip_captions(judge, data.captions)
