@@ -24,19 +24,29 @@ int64_t product_operations(const Convolution& problem, int64_t tiles) {
     return 2 * problem.positions() * tiles * problem.channels * PANEL;
 }
 
+// Rows of tiles, and into how many chunks of about the same size they are cut. `other_stride` as below.
+struct Chunks {
+    int64_t rows, count;
+
+    Chunks(const Convolution& problem, int64_t other_stride) {
+        const int64_t tile_floats = problem.positions() * (spread_stride(problem.channels) + other_stride);
+        const int64_t tiles = std::min(CHUNK_FLOATS / tile_floats, CHUNK_TILES);
+        rows = problem.batch * problem.tile_rows();
+        count = divide_up(rows, std::max<int64_t>(1, tiles / problem.tiles_across()));
+    }
+};
+
 // Calls `work(chunk, memory)` for one chunk after the other, its input transformed. `memory` has room for
 // another transform, of rows `other_stride` floats long.
 template <typename Work>
 void for_each_chunk(const Convolution& problem, int64_t other_stride, Work work) {
     const ConvolutionKernels& kernels = *current_isa().convolution;
     const int64_t tile_stride = spread_stride(problem.channels);
-    const int64_t fitting = CHUNK_FLOATS / (problem.positions() * (tile_stride + other_stride));
-    const int64_t step = std::max<int64_t>(1, std::min(fitting, CHUNK_TILES) / problem.tiles_across());
-    const int64_t rows = problem.batch * problem.tile_rows(), chunks = divide_up(rows, step);
-    for (int64_t number = 0; number < chunks; ++number) {
+    const Chunks chunks(problem, other_stride);
+    for (int64_t number = 0; number < chunks.count; ++number) {
         TileChunk chunk;
-        chunk.begin = rows * number / chunks;
-        chunk.end = rows * (number + 1) / chunks;
+        chunk.begin = chunks.rows * number / chunks.count;
+        chunk.end = chunks.rows * (number + 1) / chunks.count;
         chunk.tile_stride = tile_stride;
         chunk.position_stride = chunk.tiles(problem) * tile_stride + CACHE_LINE_FLOATS;
         const int64_t size = problem.positions() * chunk.position_stride;
@@ -65,6 +75,29 @@ void convolve(const Convolution& problem) {
                               kernels.output_scratch(problem, divide_up(tiles, parts)));
                           kernels.multiply(problem, chunk, parts, begin, end, scratch);
                       });
+    });
+}
+
+// With a weight that was not transformed: where all tiles are in one chunk, a panel of it is needed only
+// once, and is transformed when its turn comes.
+void convolve_and_pack(const Convolution& problem, const WeightLayout& layout) {
+    const ConvolutionKernels& kernels = *current_isa().convolution;
+    for_each_chunk(problem, 0, [&](const TileChunk& chunk, float*) {
+        const int64_t tiles = chunk.tiles(problem);
+        for_each_task(problem.panels(), product_operations(problem, tiles), [&](int64_t begin, int64_t end) {
+            const int64_t size = problem.panel_floats();
+            float* packed = scratch_memory<ScratchUse::OWN>(size + kernels.output_scratch(problem, tiles));
+            Convolution part = problem;
+            part.weight = packed;
+            part.panel_stride = 0;
+            for (int64_t panel = begin; panel < end; ++panel) {
+                WeightLayout rest = layout;
+                rest.data += panel * PANEL * layout.out_stride;
+                rest.out_channels -= panel * PANEL;
+                kernels.transform_weight(rest, problem.tile, packed, 0, 1);
+                kernels.multiply(part, chunk, 1, panel, panel + 1, packed + size);
+            }
+        });
     });
 }
 
@@ -125,20 +158,22 @@ void convolution(Tensor x, OptionalTensor skip, OptionalTensor gain, OptionalTen
                  OptionalTensor residual, Tensor output) {
     const WeightLayout layout = layout_of(weight, transposed);
     Convolution problem = problem_of(x, skip, gain, offset, mode, layout.out_channels, tile);
-    if (packed) {
-        problem.weight = data(*packed);
-    } else {
-        int64_t size = 1;
-        for (const int64_t length : packed_sizes(layout, tile)) size *= length;
-        float* memory = scratch_memory<ScratchUse::WEIGHTS>(size);
-        pack_into(layout, tile, memory);
-        problem.weight = memory;
-    }
     problem.bias = data(bias);
     problem.bias_stride = bias && bias->dim() == 2 ? bias->stride(0) : 0;
     problem.residual = data(residual);
     problem.residual_halved = residual && residual->size(2) != problem.height;
     problem.output = mutable_data(output);
+    const bool once = Chunks(problem, 0).count == 1 &&
+                      problem.panels() >= static_cast<int64_t>(torch::stable::get_num_threads());
+    if (!packed && once) return convolve_and_pack(problem, layout);
+    problem.panel_stride = problem.panel_floats();
+    if (packed) {
+        problem.weight = data(*packed);
+    } else {
+        float* memory = scratch_memory<ScratchUse::WEIGHTS>(problem.panels() * problem.panel_floats());
+        pack_into(layout, tile, memory);
+        problem.weight = memory;
+    }
     convolve(problem);
 }
 

@@ -26,6 +26,7 @@ struct Convolution {
     const float *gain, *offset;    // [B, C]; or both null, and there is no SiLU either
     int64_t tile;                  // 2 or 4: F(2x2, 3x3) or F(4x4, 3x3)
     const float* weight;           // [panels, (tile + 2)^2, C, PANEL]
+    int64_t panel_stride;          // of the weight; 0 where one panel after the other is put there
     const float* bias;             // [K], [B, K] or null
     int64_t bias_stride;           // between pictures
     const float* residual;         // [B, H, W, K], or half of H and W where `residual_halved`, or null
@@ -36,6 +37,7 @@ struct Convolution {
     int64_t tile_rows() const { return divide_up(height, tile); }  // of a picture
     int64_t tiles_across() const { return divide_up(width, tile); }
     int64_t panels() const { return divide_up(out_channels, PANEL); }
+    int64_t panel_floats() const { return positions() * channels * PANEL; }  // of the weight
 };
 
 // Tile rows of all pictures one after the other, and where their transforms are.

@@ -118,7 +118,8 @@ void multiply(const Convolution& problem, const TileChunk& chunk, int64_t parts,
         const int64_t stride = tiles * PANEL + SPREAD;
         for (int64_t position = 0; position < POSITIONS; ++position) {
             const float* a = chunk.transformed + position * chunk.position_stride + first * chunk.tile_stride;
-            const float* b = problem.weight + (panel * POSITIONS + position) * problem.channels * PANEL;
+            const float* b =
+                problem.weight + panel * problem.panel_stride + position * problem.channels * PANEL;
             multiply_panel<SHORT_SUMS>({a, chunk.tile_stride, 1}, tiles, b, PANEL, problem.channels,
                                        products + position * stride, PANEL, false);
         }
