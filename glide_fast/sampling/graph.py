@@ -150,7 +150,7 @@ class Graphs:
             raise ValueError(f"most {most} must be at least 1; to sample without graphs, give none")
         self.recorder, self.unit = recorder, unit
         self.most, self.most_bytes = most, most_bytes
-        self.failure: str | None = None
+        self._failures: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -177,16 +177,17 @@ class Graphs:
         those of its first session, and its function is given them.
 
         Raises:
-            CannotCaptureError: a part is not capturable, a network is watched by a hook, trains or is on
-                another device, or recording has failed before.
+            CannotCaptureError: a part is not capturable, or a network is watched by a hook, trains, is on
+                another device, or could not be recorded before.
         """
-        if self.failure is not None:
-            raise CannotCaptureError(self.failure)
         if not self.recorder.serves(device):
             raise CannotCaptureError(f"the pictures are on {device}, where there are no graphs; move them")
         place = self.recorder.place(device)
         readers = [capturable(part) for part in parts]
         networks = tuple(network for reader in readers for network in reader.networks)
+        for network in networks:
+            if network in self._failures:
+                raise CannotCaptureError(self._failures[network])
         inputs = tuple(tensor for reader in readers for tensor in reader.inputs)
         key = (
             place,
@@ -199,7 +200,7 @@ class Graphs:
 
     def call(self, session: Session, name: Hashable, function: Function, arguments: Tensors) -> Tensors:
         """``function(session.kept, session.inputs, arguments)``; see :meth:`Session.call`."""
-        if self.failure is not None:
+        if session.failed:
             return function(session.kept, session.inputs, arguments)
         key = (session.key, name, _shapes(arguments))
         with self._lock, torch.inference_mode():
@@ -248,13 +249,21 @@ class Graphs:
             try:
                 graph.recording, graph.outputs = self.recorder.record(session.device, work)
             except RuntimeError as error:
-                self.failure = f"recording failed: {error}"
-                self.clear()
-                warn_of(self.failure)
+                self._give_up(session, f"recording failed: {error}")
                 return work()
             self._make_room(session.device)
         graph.recording.replay()
         return graph.outputs
+
+    def _give_up(self, session: Session, reason: str) -> None:
+        """Make no more graphs of the session's networks."""
+        session.failed = True
+        for network in session.networks:
+            self._failures[network] = reason
+        for key, graph in list(self._graphs.items()):
+            if any(network() in self._failures for network in graph.networks):
+                del self._graphs[key]
+        warn_of(reason)
 
     def _make_room(self, device: torch.device) -> None:
         """Forget graphs, the longest unused first, until the bounds hold; the last one stays."""
@@ -276,6 +285,7 @@ class Session:
     inputs: Tensors
     kept: Kept
     token: object = field(default_factory=object)
+    failed: bool = False
 
     def __post_init__(self) -> None:
         self.look()

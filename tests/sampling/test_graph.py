@@ -342,6 +342,10 @@ def test_after_a_failed_recording_the_same_function_runs_without_graphs() -> Non
     assert len(graphs) == 0
     with pytest.raises(CannotCaptureError, match="recording failed"):
         open_session(graphs, part)
+    other = Scaled(layer(), torch.tensor(2.0))  # a network that is not to blame
+    for seed in range(3):
+        expect(other, numbers(seed), call(open_session(graphs, other), other, numbers(seed)))
+    assert len(graphs) == 1
 
 
 def test_threads_do_not_disturb_one_another() -> None:
