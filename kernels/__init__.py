@@ -29,11 +29,22 @@ _GROUP_NORM = (
     "float32, bfloat16, float16, any strides; resampling of maps (1-D and 3-D inputs are resampled by the "
     "reference); all else by the reference"
 )
+_CONVOLUTION = (
+    "the norm as group_norm; 3x3 convolutions of float32, bfloat16, float16 maps by weights that were chosen "
+    'for it (accelerate(model, conv="triton")), all others by cuDNN'
+)
+_LINEAR = (
+    "float32, bfloat16, float16 with weights that were chosen for it "
+    '(accelerate(model, conv="triton")), from 64 rows on; all else by cuBLAS'
+)
 REGISTERED: dict[str, Kernel] = {
     "attention": Kernel("attention", _ATTENTION),
     "attention_backward": Kernel("attention_backward", _ATTENTION),
     "group_norm": Kernel("group_norm", _GROUP_NORM),
     "group_norm_backward": Kernel("group_norm_backward", _GROUP_NORM),
+    "norm_convolution": Kernel("norm_convolution", _CONVOLUTION),
+    "norm_convolution_backward": Kernel("norm_convolution", _CONVOLUTION),
+    "linear": Kernel("linear", _LINEAR),
     "adamw": Kernel("adamw", "float32 weights, gradients of any width; all else by the reference"),
     "sampler_step": Kernel(
         "sampler_step", "float32 pictures and outputs of any width; all else by the reference"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+from glide_fast.accelerate.products import Products
 from glide_fast.accelerate.report import Entry, Report
 from glide_fast.accelerate.walk import Memory, Model, accelerate, report, restore
 
@@ -25,8 +26,8 @@ __all__ = ["Entry", "Report", "accelerate", "report", "restore"]
 
 
 class _Callable(ModuleType):
-    def __call__(self, model: Model, *, memory: Memory = "full") -> Model:
-        return accelerate(model, memory=memory)
+    def __call__(self, model: Model, *, memory: Memory = "full", conv: Products = "library") -> Model:
+        return accelerate(model, memory=memory, conv=conv)
 
 
 sys.modules[__name__].__class__ = _Callable

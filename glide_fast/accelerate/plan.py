@@ -42,8 +42,8 @@ class Plan(ABC):
         """The submodules whose own ``forward`` is not called."""
         return ()
 
-    def packable(self, module: Any) -> list[Tensor]:  # noqa: ARG002 (most plans have no such weights)
-        """The weights of which inference on CPU reads a packed form."""
+    def products(self, module: Any) -> list[Tensor]:  # noqa: ARG002 (most plans have no such weights)
+        """The weights that our ops multiply by."""
         return []
 
     def subject(self, module: nn.Module) -> nn.Module:

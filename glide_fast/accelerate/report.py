@@ -19,11 +19,17 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The modules that our ops serve, and those that were left as they are."""
+    """The modules that our ops serve, and those that were left as they are.
+
+    ``products`` counts the weights that our ops multiply by; on a GPU our Triton kernels multiply by
+    ``by_triton`` of them, and cuDNN or cuBLAS by the others.
+    """
 
     model: str
     served: tuple[Entry, ...]
     left: tuple[Entry, ...]
+    products: int = 0
+    by_triton: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -32,6 +38,10 @@ class Report:
         for title, entries in (("served", self.served), ("left alone", self.left)):
             if entries:
                 lines += [title, *_rows(entries)]
+        if self.by_triton:
+            lines.append(
+                f"{self.by_triton} of {self.products} weights are multiplied by Triton kernels on a GPU"
+            )
         return "\n".join(lines)
 
 

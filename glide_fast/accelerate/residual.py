@@ -64,10 +64,9 @@ class ResidualPlan(Plan):
         x, embedding = inputs
         return is_image(x) and embedding.ndim == 2 and len(embedding) in (1, len(x))
 
-    def packable(self, module: Any) -> list[Tensor]:
-        if not self.fused:
-            return []
-        return [layer.weight for layer in _convolutions(module) if layer.weight.device.type == "cpu"]
+    def products(self, module: Any) -> list[Tensor]:
+        layers = _convolutions(module) if self.fused else ()
+        return [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
 
     def serve(self, module: Any, inputs: Sequence[Any]) -> Tensor:
         x, embedding = inputs  # [B, C, *space], [B or 1, E]

@@ -13,12 +13,13 @@ from glide_fast.accelerate.attention import propose_attention
 from glide_fast.accelerate.clip import propose_clip_attention, propose_clip_pool
 from glide_fast.accelerate.norm import propose_head, propose_norm
 from glide_fast.accelerate.plan import Plan
+from glide_fast.accelerate.products import Products, check_products
 from glide_fast.accelerate.proof import objection
 from glide_fast.accelerate.report import Entry, Report
 from glide_fast.accelerate.residual import looks_like_residual, propose_residual
 from glide_fast.accelerate.swap import plan_of, serve, unserve
-from glide_fast.models.kept import available_bytes, fits, packed_bytes, weights_to_pack
-from glide_fast.ops import packed
+from glide_fast.models.kept import available_bytes, fits, packed_bytes, product_weights
+from glide_fast.ops import chosen, packed
 
 Model = TypeVar("Model", bound=nn.Module)
 Memory: TypeAlias = Literal["full", "low"]
@@ -45,7 +46,7 @@ class _Finding:
     note: str  # why it is left alone, where there is no plan
 
 
-def accelerate(model: Model, *, memory: Memory = "full") -> Model:
+def accelerate(model: Model, *, memory: Memory = "full", conv: Products = "library") -> Model:
     """Serve the hot paths of a model, of whatever origin, by our ops; the model itself is returned.
 
     Residual blocks, GroupNorms and attentions are replaced where structure and a trial on random numbers show
@@ -58,9 +59,15 @@ def accelerate(model: Model, *, memory: Memory = "full") -> Model:
     ``memory="full"`` keeps that form of every weight that is not being trained, until the weight changes or
     :func:`restore` is called; with "low" it is made again at each use.
 
+    On a GPU, ``conv="triton"`` has our Triton kernels compute 3x3 convolutions and linear layers, with what
+    follows them and the statistics of the next norm in one launch; with "library" cuDNN and cuBLAS compute
+    them. For it, 3x3 weights are laid out channels-last, as ``model.to(memory_format=torch.channels_last)``
+    does, until :func:`restore`.
+
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: an unknown ``memory``.
+        ValueError: an unknown ``memory`` or ``conv``; or ``conv="triton"`` for weights that are not on a GPU,
+            or without Triton, or on a GPU that is too old for it.
         MemoryError: the packed forms do not fit into the memory that is available.
 
     Warns:
@@ -68,6 +75,7 @@ def accelerate(model: Model, *, memory: Memory = "full") -> Model:
     """
     if memory not in get_args(Memory):
         raise ValueError(f"unknown memory {memory!r}; use one of {', '.join(get_args(Memory))}")
+    check_products(model, conv)
     findings = _examine(model)
     for finding in findings:
         if finding.plan is not None and plan_of(finding.module) is None:
@@ -78,7 +86,11 @@ def accelerate(model: Model, *, memory: Memory = "full") -> Model:
             f"(glide_fast.accelerate.report(model) has the details)",
             stacklevel=2,
         )
-    weights = _packable(model)
+    products = _products(model)
+    chosen.forget(products)
+    if conv == "triton":
+        chosen.choose(products)
+    weights = [weight for weight in products if weight.device.type == "cpu"]
     if memory == "low":
         packed.forget(weights)
     elif not fits(weights):
@@ -91,12 +103,12 @@ def accelerate(model: Model, *, memory: Memory = "full") -> Model:
     return model
 
 
-def _packable(model: nn.Module) -> list[Tensor]:
-    """The weights of which inference on CPU reads a packed form."""
+def _products(model: nn.Module) -> list[Tensor]:
+    """The weights that our ops multiply by."""
     plans = ((module, plan_of(module)) for module in model.modules())
     return [
-        *weights_to_pack(model.modules()),
-        *(weight for module, plan in plans if plan is not None for weight in plan.packable(module)),
+        *product_weights(model.modules()),
+        *(weight for module, plan in plans if plan is not None for weight in plan.products(module)),
     ]
 
 
@@ -108,7 +120,9 @@ def restore(model: Model) -> Model:
         ValueError: a served module was parametrized since; remove the parametrization first.
     """
     _check(model)
-    packed.forget(_packable(model))
+    products = _products(model)
+    packed.forget(products)
+    chosen.forget(products)
     for module in model.modules():
         unserve(module)
     return model
@@ -127,7 +141,15 @@ def report(model: nn.Module) -> Report:
         note = finding.note if finding.plan is None else finding.plan.title if active else _WAITING
         entry = Entry(path=finding.path, kind=type(finding.module).__name__, note=note)
         (served if active else left).append(entry)
-    return Report(model=type(model).__name__, served=tuple(served), left=tuple(left))
+    products = _products(model)
+    by_triton = sum(chosen.is_chosen(weight) for weight in products)
+    return Report(
+        model=type(model).__name__,
+        served=tuple(served),
+        left=tuple(left),
+        products=len(products),
+        by_triton=by_triton,
+    )
 
 
 def _check(model: nn.Module) -> None:

@@ -30,7 +30,12 @@ def product_weights(modules: Iterable[nn.Module]) -> list[Tensor]:
             weights.append(module.in_proj_weight)
         elif isinstance(module, PictureInput):
             weights.append(module.patch_proj)
-    return [weight for weight in weights if weight.device.type == "cpu"]
+    return weights
+
+
+def weights_to_pack(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Those of them that are on the CPU."""
+    return [weight for weight in product_weights(modules) if weight.device.type == "cpu"]
 
 
 def packed_bytes(weights: Iterable[Tensor]) -> int:

@@ -73,12 +73,12 @@ def kept_bytes() -> int:
 
 def trained(weight: Tensor) -> Tensor:
     """A weight as the forward pass of its training sees it: no form is kept that the next step outdates."""
-    return weight.detach() if weight.requires_grad else weight
+    return weight.detach() if weight.requires_grad and weight.device.type == "cpu" else weight
 
 
 def _forms_of(weight: Tensor) -> dict[Any, Any] | None:
     """The forms of a weight as it is now; None if none are kept."""
-    kept: _Forms | None = _kept.get(weight)
+    kept: _Forms | None = _kept.get(weight) if weight.device.type == "cpu" else None
     if kept is None:
         return None
     stamp = _Stamp(weight._version, weight.data_ptr(), torch.ops.glide_fast.fingerprint(weight))

@@ -1,0 +1,165 @@
+"""The statistics that a product left of its output, kept until the next GroupNorm asks for them.
+
+A convolution by our kernel leaves, beside its output, the moments of each
+channel over each tile of pixels: the norm behind it then reads some numbers a tile in place of the whole
+map, and models need not know. Moments are kept beside the very tensor that they are of, die with it, and
+count only while it is as it was: an operation in place raises its version, and they are forgotten. Outputs
+of our kernels count their versions in inference mode too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from glide_fast.kernels import configurations, launch
+from glide_fast.kernels.compilation import Case
+from glide_fast.kernels.configurations import Configuration
+from glide_fast.kernels.group_norm_tiles import Statistics, power_of_two
+from glide_fast.kernels.plan import Launch
+from glide_fast.kernels.product import Moments, cut
+
+FEWEST_PIXELS = 1025  # of a picture: smaller maps are normalised in one launch, which reads them anyway
+
+_remembered: Any = WeakTensorKeyDictionary()
+
+
+def pay(pixels: int) -> bool:
+    """Whether a norm of maps with so many pixels is faster with moments at hand."""
+    return pixels >= FEWEST_PIXELS
+
+
+def remember(output: Tensor, moments: Moments | None) -> None:
+    """Keep the moments of a tensor [B, H, W, K] that nobody has changed yet."""
+    if moments is not None:
+        _remembered[output] = output._version, moments
+
+
+def recall(x: Tensor) -> Moments | None:
+    """The moments of a map [B, C, *space], itself or a view of what a product wrote, if they still hold."""
+    whole = x if x._base is None else x._base
+    if not _remembered or whole.is_inference() or whole not in _remembered:
+        return None
+    version, moments = _remembered[whole]
+    same = (
+        x.shape[0] == moments.tiles.batch
+        and x.shape[1] == moments.values.shape[-1]
+        and x.numel() == whole.numel()
+    )
+    pixels = x.permute(0, *range(2, x.ndim), 1)
+    if version != whole._version or not same or not pixels.is_contiguous():
+        return None
+    return moments  # type: ignore[no-any-return]
+
+
+# Bytes: 8 · B · tiles · C read, a sixteenth of the map or less.
+@triton.jit
+def combine_kernel(
+    means,  # [B, tiles, split] float32
+    squares,
+    skip_means,  # [B, tiles, C - split] float32
+    skip_squares,
+    mean,  # [B, G] float32
+    rstd,
+    height,
+    width,
+    split,
+    channels,
+    group_channels,
+    tiles,
+    tiles_wide,
+    eps,
+    SKIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Mean and 1/deviation of a group: first all means, then all squares (Chan, Golub and LeVeque, 1979)."""
+    groups = channels // group_channels
+    batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    lane = tl.arange(0, CHANNELS)
+    channel = group * group_channels + lane
+    own = (lane < group_channels) & (channel < split)
+    other = (lane < group_channels) & (channel >= split)
+    total = (height * width).to(tl.float32) * group_channels
+    group_mean = 0.0
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        count = tl.minimum(ROWS, height - tile // tiles_wide * ROWS)
+        count = (count * tl.minimum(COLUMNS, width - tile % tiles_wide * COLUMNS)).to(tl.float32)
+        there = (tile < tiles)[:, None]
+        at = (batch * tiles + tile)[:, None] * split + channel[None]
+        values = tl.load(means + at, mask=there & own[None], other=0.0)
+        if SKIP:
+            at = (batch * tiles + tile)[:, None] * (channels - split) + (channel - split)[None]
+            values += tl.load(skip_means + at, mask=there & other[None], other=0.0)
+        group_mean += tl.sum(tl.sum(values * (count / total)[:, None], axis=1), axis=0)
+    variance = 0.0
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        count = tl.minimum(ROWS, height - tile // tiles_wide * ROWS)
+        count = (count * tl.minimum(COLUMNS, width - tile % tiles_wide * COLUMNS)).to(tl.float32)
+        there = (tile < tiles)[:, None]
+        at = (batch * tiles + tile)[:, None] * split + channel[None]
+        values = tl.load(means + at, mask=there & own[None], other=0.0)
+        within = tl.load(squares + at, mask=there & own[None], other=0.0)
+        if SKIP:
+            at = (batch * tiles + tile)[:, None] * (channels - split) + (channel - split)[None]
+            values += tl.load(skip_means + at, mask=there & other[None], other=0.0)
+            within += tl.load(skip_squares + at, mask=there & other[None], other=0.0)
+        delta = tl.where(there & (own | other)[None], values - group_mean, 0.0)
+        variance += tl.sum(tl.sum(within + delta * delta * count[:, None], axis=1), axis=0)
+    at = batch * groups + group
+    tl.store(mean + at, group_mean)
+    tl.store(rstd + at, tl.rsqrt(variance / total + eps))
+
+
+def statistics(x: Tensor, skip: Tensor | None, groups: int, eps: float) -> Statistics | None:
+    """Mean and 1/deviation [B, G] of the groups of x, or of x and ``skip`` side by side, from kept moments.
+
+    None where moments are missing or the two were cut differently: the norm reads the maps then.
+    """
+    own = recall(x)
+    other = None if skip is None or own is None else recall(skip)
+    if own is None or (skip is not None and (other is None or other.tiles != own.tiles)):
+        return None
+    result = Statistics.empty(x, groups)
+    configuration = configurations.choose("moments", launch.architecture(x.device), 32)
+    _combining(own, other, result, eps, configuration).start()
+    return result
+
+
+def _combining(
+    own: Moments, other: Moments | None, result: Statistics, eps: float, configuration: Configuration
+) -> Launch:
+    means, squares = own.values.unbind()
+    skip_means, skip_squares = (means, squares) if other is None else other.values.unbind()
+    split = means.shape[2]
+    channels = split + (0 if other is None else skip_means.shape[2])
+    groups = result.mean.shape[1]
+    arguments = {
+        "means": means, "squares": squares, "skip_means": skip_means, "skip_squares": skip_squares,
+        "mean": result.mean, "rstd": result.rstd, "height": own.tiles.height, "width": own.tiles.width,
+        "split": split, "channels": channels, "group_channels": channels // groups, "tiles": own.tiles.each,
+        "tiles_wide": own.tiles.wide, "eps": eps, "SKIP": other is not None, "ROWS": own.tiles.rows,
+        "COLUMNS": own.tiles.columns, "TILES": configuration.rows,
+        "CHANNELS": power_of_two(channels // groups),
+    }  # fmt: skip
+    return Launch(combine_kernel, own.tiles.batch * groups, arguments, configuration)
+
+
+def cases(target: str) -> list[Case]:
+    """What is compiled to see the kernel's resources: a decoder's norm at 64 px."""
+    own, other = (
+        Moments(cut(2, 64, 64, 128), torch.empty(2, 2, 32, channels, device="meta"))
+        for channels in (384, 192)
+    )
+    result = Statistics.empty(own.values, 32)
+    configuration = configurations.choose("moments", target, 32)
+    return [_combining(own, other, result, 1e-5, configuration).case("moments 64²x384+192")]
