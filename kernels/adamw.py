@@ -26,10 +26,12 @@ from glide_fast.kernels.plan import Launch
 from glide_fast.ops import dispatch
 from glide_fast.ops.adamw import StepNumbers
 
-COLUMNS = 8  # of 8 bytes: six addresses, the elements, the first program; then the numbers, of 4 bytes
+ADDRESSES = 6  # columns of 8 bytes; then the elements and the first program, then the numbers of 4 bytes
+COLUMNS = ADDRESSES + 2
 NUMBERS = len(StepNumbers._fields)
 ROW = COLUMNS + NUMBERS // 2  # 8 bytes each
 _ALIGNMENT = 16  # bytes, for accesses of 128 bits
+is_dense = torch.ops.aten.is_non_overlapping_and_dense
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Shapes, dtype of gradients, of copies of what is compiled to be measured.
 CASES = (((192, 192, 3, 3), torch.float32, None), ((192, 192, 3, 3), torch.bfloat16, torch.bfloat16))
@@ -128,7 +130,8 @@ def adamw(
     rows = _rows(companions, numbers, configuration.rows)
     pinned = rows.pin_memory() if device.type == "cuda" else rows  # so that sending it waits for nothing
     table = pinned.to(device, non_blocking=True)
-    _plan(table, companions, bool(average), bool(copies), factor, configuration).start()
+    aligned = not bool((rows[:, :ADDRESSES] % _ALIGNMENT).any())
+    _plan(table, companions, bool(average), bool(copies), factor, aligned, configuration).start()
 
 
 def _plan(
@@ -137,13 +140,13 @@ def _plan(
     averaged: bool,
     copied: bool,
     factor: Tensor | None,
+    aligned: bool,
     configuration: Configuration,
 ) -> Launch:
     parameters, gradients, *_, copies = companions
     sizes = tuple(parameter.numel() for parameter in parameters)
     owners = _owners(sizes, configuration.rows, table.device)
     numbers = table.view(torch.float32)
-    aligned = all(each.data_ptr() % _ALIGNMENT == 0 for tensors in companions for each in tensors)
     arguments = {
         "table": table, "numbers": numbers, "owners": owners, "parameter_kind": parameters[0],
         "gradient_kind": gradients[0], "copy_kind": copies[0],
@@ -183,15 +186,12 @@ def _covered(
     parameters: list[Tensor], gradients: list[Tensor], states: Sequence[list[Tensor]], copies: list[Tensor]
 ) -> bool:
     kinds = {each.dtype for each in gradients}, {each.dtype for each in copies}
+    strides = [each.stride() for each in parameters]
     return (
         all(len(each) <= 1 and each <= set(_KINDS) for each in kinds)
-        and all(each.dtype is torch.float32 for tensors in (parameters, *states) for each in tensors)
-        and all(torch.ops.aten.is_non_overlapping_and_dense(each) for each in parameters)
-        and all(
-            each.stride() == parameter.stride()
-            for tensors in (*states, copies)
-            for each, parameter in zip(tensors, parameters, strict=False)
-        )
+        and all({each.dtype for each in tensors} <= {torch.float32} for tensors in (parameters, *states))
+        and all(not each or [one.stride() for one in each] == strides for each in (*states, copies))
+        and all(each.is_contiguous() or is_dense(each) for each in parameters)
     )
 
 
@@ -203,5 +203,5 @@ def cases(target: str) -> Iterator[Case]:
         copy = weight if copied is None else weight.to(copied)
         companions = [[weight], [gradient], [weight], [weight], [weight], [copy]]
         table = torch.empty(1, ROW, dtype=torch.int64, device="meta")
-        plan = _plan(table, companions, True, copied is not None, None, configuration)
+        plan = _plan(table, companions, True, copied is not None, None, True, configuration)
         yield plan.case(f"adamw gradients {kind} copy {copied}")

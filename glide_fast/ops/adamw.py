@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,16 +113,17 @@ def adamw(
         wanted = len(parameters)
         if len(tensors) != wanted and not (name in ("average", "copies") and not tensors):
             raise ValueError(f"{len(tensors)} {name} for {wanted} parameters; give one each")
+    shapes = [parameter.shape for parameter in parameters]
     for name, tensors in lists.items():
-        for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=False)):
-            if tensor.shape != parameter.shape:
-                shapes = f"{tuple(tensor.shape)} but its parameter {tuple(parameter.shape)}"
-                raise ValueError(f"{name}[{index}] has shape {shapes}")
+        given = [tensor.shape for tensor in tensors]
+        if given and given != shapes:
+            index = next(index for index, shape in enumerate(given) if shape != shapes[index])
+            told = f"{tuple(given[index])} but its parameter {tuple(shapes[index])}"
+            raise ValueError(f"{name}[{index}] has shape {told}")
     if not parameters:
         return
-    written = parameters, first, second, average, copies
-    table = torch.tensor(numbers, dtype=torch.float64)
-    STEP(
-        list(parameters), list(gradients), *(list(each) for each in written[1:]), table, factor
-    )  # a kernel writes behind autograd's back: what was computed from the old weights must be seen to be old
-    torch.autograd.graph.increment_version([tensor for each in written for tensor in each])
+    table = torch.from_numpy(np.array(numbers, dtype=np.float64))
+    written = list(parameters), list(first), list(second), list(average), list(copies)
+    STEP(written[0], list(gradients), *written[1:], table, factor)
+    # A kernel writes behind autograd's back: what was computed from the old weights must be known to be old.
+    torch.autograd.graph.increment_version([*parameters, *average, *copies])

@@ -6,6 +6,7 @@ Both have the same state, so that a run begun with one goes on with the other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ from glide_fast.training.ema import ExponentialMovingAverage
 _NEVER_ZERO = 1e-6  # added to a norm that is divided by, as torch.nn.utils.clip_grad_norm_ does
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Moving:
+    """The tensors of a step, found once for all steps that have gradients for the same parameters."""
+
+    key: tuple[object, ...]
+    groups: list[dict[str, Any]]  # of each parameter
+    parameters: list[Tensor]
+    steps: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    average: list[Tensor]
+    still: list[tuple[Tensor, Tensor]]  # averages and parameters without gradients
+
+
 class OneLaunchAdamW(torch.optim.AdamW):
     """AdamW by :func:`glide_fast.ops.adamw`; its state is that of ``torch.optim.AdamW(fused=True)``.
 
@@ -27,6 +42,7 @@ class OneLaunchAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerConfig) -> None:
+        self._moving: _Moving | None = None
         super().__init__(
             model.parameters(),
             lr=settings.learning_rate,
@@ -35,6 +51,11 @@ class OneLaunchAdamW(torch.optim.AdamW):
             fused=True,
         )
         self._step_supports_amp_scaling = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of any AdamW."""
+        super().load_state_dict(state_dict)
+        self._moving = None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient; what ``closure`` returns, if one is given."""
@@ -54,56 +75,78 @@ class OneLaunchAdamW(torch.optim.AdamW):
         ``factor``, one number on the weights' device, multiplies the gradients; None for 1.
         """
         groups = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
-        averages = [None] * len(groups) if ema is None else list(ema.average.values())
-        moved = [
-            (group, parameter, average)
-            for (group, parameter), average in zip(groups, averages, strict=True)
-            if parameter.grad is not None
-        ]
-        still = [
-            (average, parameter)
-            for (_, parameter), average in zip(groups, averages, strict=True)
-            if parameter.grad is None and average is not None
-        ]
-        states = [self._counted(parameter) for _, parameter, _ in moved]
-        ops.adamw(
-            [own(parameter) for _, parameter, _ in moved],
-            [own(parameter.grad) for _, parameter, _ in moved],
-            [own(state["exp_avg"]) for state in states],
-            [own(state["exp_avg_sq"]) for state in states],
-            [
-                _numbers(group, float(state["step"]), share)
-                for (group, *_), state in zip(moved, states, strict=True)
-            ],
-            average=[own(average) for *_, average in moved if average is not None],
-            factor=None if factor is None else own(factor),
-        )
-        for average, parameter in still:
+        key = (id(ema), len(groups), *(parameter.grad is None for _, parameter in groups))
+        if self._moving is None or self._moving.key != key:
+            self._moving = self._find(groups, ema, key)
+        moving = self._moving
+        if moving.steps:
+            torch._foreach_add_(moving.steps, 1)
+            ops.adamw(
+                moving.parameters,
+                [own(parameter.grad) for _, parameter in groups if parameter.grad is not None],
+                moving.first,
+                moving.second,
+                _numbers(moving, share),
+                average=moving.average,
+                factor=None if factor is None else own(factor),
+            )
+        for average, parameter in moving.still:
             average.lerp_(parameter, share)
 
-    def _counted(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state, laid out like it, with this step counted."""
+    def _find(
+        self,
+        groups: list[tuple[dict[str, Any], Tensor]],
+        ema: ExponentialMovingAverage | None,
+        key: tuple[object, ...],
+    ) -> _Moving:
+        averages = [None] * len(groups) if ema is None else list(ema.average.values())
+        pairs = list(zip(groups, averages, strict=True))
+        moved = [(group, each, average) for (group, each), average in pairs if each.grad is not None]
+        states = [self._state(parameter) for _, parameter, _ in moved]
+        return _Moving(
+            key=key,
+            groups=[group for group, *_ in moved],
+            parameters=[own(parameter) for _, parameter, _ in moved],
+            steps=[state["step"] for state in states],
+            first=[own(state["exp_avg"]) for state in states],
+            second=[own(state["exp_avg_sq"]) for state in states],
+            average=[own(average) for *_, average in moved if average is not None],
+            still=[
+                (average, parameter)
+                for (_, parameter), average in pairs
+                if parameter.grad is None and average is not None
+            ],
+        )
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state, made if it is not there; moments laid out like it, steps on the CPU."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["step"] = state["step"].cpu() + 1
+        state["step"] = state["step"].cpu()
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter).copy_(state[name])
         return state
 
 
-def _numbers(group: dict[str, Any], step: float, share: float) -> StepNumbers:
-    return StepNumbers.of(
-        step,
-        rate=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        decay=group["weight_decay"],
-        share=share,
-    )
+def _numbers(moving: _Moving, share: float) -> list[StepNumbers]:
+    """Those of each tensor; parameters that have learned for as long share them."""
+    counts = torch.stack(moving.steps).tolist()
+    made: dict[tuple[int, float], StepNumbers] = {}
+    for group, count in zip(moving.groups, counts, strict=True):
+        if (id(group), count) not in made:
+            made[id(group), count] = StepNumbers.of(
+                count,
+                rate=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                decay=group["weight_decay"],
+                share=share,
+            )
+    return [made[id(group), count] for group, count in zip(moving.groups, counts, strict=True)]
 
 
 def new_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
