@@ -28,21 +28,15 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _tile(x: Tensor, mode: int, weight: Tensor, depth: int) -> int:
-    """2 or 4 for sums over ``depth`` channels; 0 where Winograd's method does not serve."""
+def winograd_tile(x: Tensor, mode: int, weight: Tensor, depth: int) -> int:
+    """2 or 4, the side of the tiles that serve for sums over ``depth`` channels; 0 where the default does."""
     kernel = weight.shape[2:] == (3, 3) and weight.dtype is torch.float32
     if not kernel or x.dtype is not torch.float32 or x.ndim != 4 or 0 in x.shape:
         return 0
     height, width = resampled_shape(x, mode)[2:]
-    if not height or not width:
-        return 0
-    return 2 if height * width <= _SMALL_MAP or depth <= _SHALLOW else 4
-
-
-def _pays(x: Tensor, mode: int, tile: int) -> bool:
-    """Whether there is enough to convolve for the weights in Winograd's domain."""
-    batch, _, height, width = resampled_shape(x, mode)
-    return batch * -(-height // tile) * -(-width // tile) >= _FEWEST_TILES
+    tile = 2 if height * width <= _SMALL_MAP or depth <= _SHALLOW else 4
+    tiles = len(x) * -(-height // tile) * -(-width // tile)
+    return tile if tiles >= _FEWEST_TILES else 0
 
 
 def _coefficients(
@@ -106,8 +100,8 @@ def norm_convolution(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`."""
-    tile = _tile(x, mode, weight, weight.shape[1])
-    if not tile or not _pays(x, mode, tile):
+    tile = winograd_tile(x, mode, weight, weight.shape[1])
+    if not tile:
         return op.composed(
             x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
         )
@@ -140,8 +134,8 @@ def norm_convolution_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`."""
-    tile = _tile(x, mode, weight, min(weight.shape[:2]))
-    if not tile or not _pays(x, mode, tile):
+    tile = winograd_tile(x, mode, weight, min(weight.shape[:2]))
+    if not tile:
         return op.composed_backward(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
             needs_x, needs_weight,
