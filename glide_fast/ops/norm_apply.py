@@ -51,7 +51,7 @@ def group_norm(
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return reference.group_norm(x, weight, bias, scale, shift, groups, eps, silu, mode)
     wide = x.float()
-    grouped = wide.unflatten(1, (groups, -1))  # no copy in any memory format
+    grouped = reference_elements.by_group(wide, groups)
     variance, mean = torch.var_mean(grouped, dim=list(range(2, grouped.ndim)), correction=0)
     rstd = (variance + eps).rsqrt()
     halved = mode == reference.RESAMPLE_DOWN  # the mean of pixels that are not yet rounded

@@ -91,6 +91,11 @@ def adamw(
         torch._foreach_copy_(copies, parameters)
 
 
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """[B, C, *space] -> [B, G, C / G, *space], without a copy in any memory format."""
+    return x.view(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+
+
 def norm_apply(
     x: Tensor,  # [B, C, *space]
     mean: Tensor,  # [B, G]
@@ -103,9 +108,9 @@ def norm_apply(
 ) -> Tensor:
     """silu(((x - mean) rstd weight + bias) (1 + scale) + shift), like x."""
     dtype, groups = compute_dtype(x.dtype), mean.shape[1]
-    by_group = (*mean.shape, *[1] * (x.ndim - 1))
-    centred = x.to(dtype).unflatten(1, (groups, -1)) - mean.to(dtype).view(by_group)
-    y = (centred * rstd.to(dtype).view(by_group)).flatten(1, 2)
+    broadcast = (*mean.shape, *[1] * (x.ndim - 1))
+    centred = by_group(x.to(dtype), groups) - mean.to(dtype).view(broadcast)
+    y = (centred * rstd.to(dtype).view(broadcast)).flatten(1, 2)
     y = y * per_channel(weight.to(dtype), x.ndim) + per_channel(bias.to(dtype), x.ndim)
     if scale is not None and shift is not None:
         y = y * per_channel(1 + scale.to(dtype), x.ndim) + per_channel(shift.to(dtype), x.ndim)
