@@ -37,11 +37,17 @@ _LINEAR = (
     "float32, bfloat16, float16 with weights that were chosen for it "
     '(accelerate(model, conv="triton")), from 64 rows on; all else by cuBLAS'
 )
+_LAYER_NORM = "float32, bfloat16, float16; rows of up to 16384 numbers; all else by the default"
+_ACTIVATION = "float32, bfloat16, float16; float64 by the default"
 REGISTERED: dict[str, Kernel] = {
     "attention": Kernel("attention", _ATTENTION),
     "attention_backward": Kernel("attention_backward", _ATTENTION),
     "group_norm": Kernel("group_norm", _GROUP_NORM),
     "group_norm_backward": Kernel("group_norm_backward", _GROUP_NORM),
+    "layer_norm": Kernel("layer_norm", _LAYER_NORM),
+    "layer_norm_backward": Kernel("layer_norm", _LAYER_NORM),
+    "activation": Kernel("activation", _ACTIVATION),
+    "activation_backward": Kernel("activation", _ACTIVATION),
     "norm_convolution": Kernel("norm_convolution", _CONVOLUTION),
     "norm_convolution_backward": Kernel("norm_convolution", _CONVOLUTION),
     "linear": Kernel("linear", _LINEAR),

@@ -72,13 +72,14 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
     ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 8, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
-    # rows times columns are the elements of a program's rows, the shape class the channels
+    ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
+    # rows times columns are a program's elements, the shape class the channels
+    ("activation", None, None, None, Configuration(1, 1024, 4, 1)),
     ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_backward", None, None, 2048, Configuration(1, 2048, 8, 1)),
     ("layer_norm_backward", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_parameters", None, None, None, Configuration(32, 32, 4, 1)),
-    ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
     # rows are pixels, columns channels, the shape class the widest tile that is worth its while
     ("convolution", ("sm_80",), None, None, Configuration(128, 64, 8, 4)),
     ("convolution", ("sm_120",), None, None, Configuration(128, 64, 8, 3)),

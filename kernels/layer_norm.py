@@ -1,0 +1,216 @@
+"""LayerNorm over the last dimension, forward in one launch, backward in one or two.
+
+A program holds whole rows in registers and takes their variance in two passes over them. In the backward pass
+each program also sums what its rows give to weight and bias, and a second kernel puts those sums together, in
+a fixed order: there are no atomics. All arithmetic is float32.
+
+Bytes in 16 bits: 4 an element forward (read, write), 6 backward (x and the gradient read, dx written).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glide_fast.kernels import configurations, launch
+from glide_fast.kernels.compilation import Case
+from glide_fast.kernels.configurations import Configuration
+from glide_fast.kernels.plan import Launch, start
+from glide_fast.ops import dispatch
+
+WIDEST = 16384  # channels that a program holds
+PROGRAMS = 256  # that share the rows of a backward pass: each leaves one row of sums
+# Rows and channels of what is compiled to be measured: GLIDE's text, CLIP's text and pictures.
+CASES = ((256, 512), (154, 768), (514, 1024), (4096, 2048))
+
+
+@triton.jit
+def layer_norm_kernel(
+    x, weight, bias, y, mean, rstd, x_row, rows, channels, eps, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Normalise ROWS rows; write their mean and 1/deviation."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, LANES)
+    lanes = channel < channels
+    there = (row < rows)[:, None] & lanes[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    tile = tl.load(x + wide_row * x_row + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    row_mean = tl.sum(tile, axis=1) / channels
+    deviation = tl.where(there, tile - row_mean[:, None], 0.0)
+    row_rstd = tl.rsqrt(tl.sum(deviation * deviation, axis=1) / channels + eps)
+    gain = tl.load(weight + channel, mask=lanes, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=lanes, other=0.0).to(tl.float32)
+    result = deviation * row_rstd[:, None] * gain[None, :] + offset[None, :]
+    tl.store(y + wide_row * channels + channel[None, :], result.to(y.dtype.element_ty), mask=there)
+    tl.store(mean + row, row_mean, mask=row < rows)
+    tl.store(rstd + row, row_rstd, mask=row < rows)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    grad, x, weight, mean, rstd, dx, sums, plane, grad_row, x_row, rows, channels, programs,
+    NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dx of every `programs`-th block of rows, and their sums for weight and bias [2, programs, C]."""
+    program = tl.program_id(0)
+    channel = tl.arange(0, LANES)
+    lanes = channel < channels
+    gain = tl.load(weight + channel, mask=lanes, other=0.0).to(tl.float32)
+    weight_sums = tl.zeros([ROWS, LANES], tl.float32)
+    bias_sums = tl.zeros([ROWS, LANES], tl.float32)
+    for first in range(program * ROWS, rows, programs * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        there = inside[:, None] & lanes[None, :]
+        wide_row = row.to(tl.int64)[:, None]
+        tile = tl.load(x + wide_row * x_row + channel[None, :], mask=there, other=0.0).to(tl.float32)
+        arriving = tl.load(grad + wide_row * grad_row + channel[None, :], mask=there, other=0.0).to(
+            tl.float32
+        )
+        row_mean = tl.load(mean + row, mask=inside, other=0.0)
+        row_rstd = tl.load(rstd + row, mask=inside, other=0.0)
+        normal = tl.where(there, (tile - row_mean[:, None]) * row_rstd[:, None], 0.0)
+        if NEEDS_WEIGHT:
+            weight_sums += arriving * normal
+            bias_sums += arriving
+        if NEEDS_X:
+            inner = arriving * gain[None, :]
+            share = tl.sum(inner, axis=1) / channels
+            slope = tl.sum(inner * normal, axis=1) / channels
+            result = (inner - share[:, None] - normal * slope[:, None]) * row_rstd[:, None]
+            tl.store(dx + wide_row * channels + channel[None, :], result.to(dx.dtype.element_ty), mask=there)
+    if NEEDS_WEIGHT:
+        at = program * channels + channel
+        tl.store(sums + at, tl.sum(weight_sums, axis=0), mask=lanes)
+        tl.store(sums + plane + at, tl.sum(bias_sums, axis=0), mask=lanes)
+
+
+@triton.jit
+def parameters_kernel(
+    sums, plane, grad_weight, grad_bias, programs, channels, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """The sums of LANES channels over all programs."""
+    channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    lanes = channel < channels
+    weight_sums = tl.zeros([ROWS, LANES], tl.float32)
+    bias_sums = tl.zeros([ROWS, LANES], tl.float32)
+    for first in range(0, programs, ROWS):
+        program = first + tl.arange(0, ROWS)
+        there = (program < programs)[:, None] & lanes[None, :]
+        at = program[:, None] * channels + channel[None, :]
+        weight_sums += tl.load(sums + at, mask=there, other=0.0)
+        bias_sums += tl.load(sums + plane + at, mask=there, other=0.0)
+    weight_total, bias_total = tl.sum(weight_sums, axis=0), tl.sum(bias_sums, axis=0)
+    tl.store(grad_weight + channel, weight_total.to(grad_weight.dtype.element_ty), mask=lanes)
+    tl.store(grad_bias + channel, bias_total.to(grad_bias.dtype.element_ty), mask=lanes)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `layer_norm`; what the kernels do not cover goes to the default."""
+    if not _covered(x, weight):
+        result: tuple[Tensor, Tensor, Tensor] = dispatch.default("layer_norm")(x, weight, bias, eps)
+        return result
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    if y.numel() > 0:
+        configurations.run(
+            "layer_norm", x.device, 8 * x.element_size(), x.shape[-1],
+            lambda each: _forward(x, weight, bias, eps, y, mean, rstd, each).start(),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, y: Tensor, mean: Tensor, rstd: Tensor,
+    configuration: Configuration,
+) -> Launch:  # fmt: skip
+    flat = _rows(x)
+    rows, channels = flat.shape
+    lanes = triton.next_power_of_2(channels)
+    each = max(configuration.rows * configuration.columns // lanes, 1)
+    arguments = {
+        "x": flat, "weight": weight.contiguous(), "bias": bias.contiguous(), "y": y, "mean": mean,
+        "rstd": rstd, "x_row": flat.stride(0), "rows": rows, "channels": channels, "eps": eps, "ROWS": each,
+        "LANES": lanes,
+    }  # fmt: skip
+    return Launch(layer_norm_kernel, triton.cdiv(rows, each), arguments, configuration)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `layer_norm_backward`; what the kernels do not cover goes to the default."""
+    if not _covered(x, weight):
+        result: tuple[Tensor, Tensor, Tensor] = dispatch.default("layer_norm_backward")(
+            grad, x, weight, mean, rstd, needs_x, needs_weight
+        )
+        return result
+    dx = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
+    fresh = weight.new_empty if x.numel() > 0 else weight.new_zeros
+    grad_weight, grad_bias = (fresh(weight.shape if needs_weight else 0) for _ in range(2))
+    if x.numel() > 0 and (needs_x or needs_weight):
+        configurations.run(
+            "layer_norm_backward", x.device, 8 * x.element_size(), x.shape[-1],
+            lambda each: start(_backward(grad, x, weight, mean, rstd, (dx, grad_weight, grad_bias), each)),
+        )  # fmt: skip
+    return dx, grad_weight, grad_bias
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    results: tuple[Tensor, Tensor, Tensor], configuration: Configuration,
+) -> list[Launch]:  # fmt: skip
+    dx, grad_weight, grad_bias = results
+    arriving, flat = _rows(grad), _rows(x)
+    rows, channels = flat.shape
+    lanes = triton.next_power_of_2(channels)
+    each = max(configuration.rows * configuration.columns // lanes, 1)
+    needs_x, needs_weight = dx.numel() > 0, grad_weight.numel() > 0
+    programs = min(triton.cdiv(rows, each), PROGRAMS)
+    sums = torch.empty((2, programs, channels) if needs_weight else 0, dtype=torch.float32, device=x.device)
+    arguments: dict[str, Any] = {
+        "grad": arriving, "x": flat, "weight": weight.contiguous(), "mean": mean.contiguous(),
+        "rstd": rstd.contiguous(), "dx": dx, "sums": sums, "plane": sums.numel() // 2,
+        "grad_row": arriving.stride(0), "x_row": flat.stride(0), "rows": rows, "channels": channels,
+        "programs": programs, "NEEDS_X": needs_x, "NEEDS_WEIGHT": needs_weight, "ROWS": each, "LANES": lanes,
+    }  # fmt: skip
+    first = Launch(layer_norm_backward_kernel, programs, arguments, configuration)
+    if not needs_weight:
+        return [first]
+    cut = configurations.choose("layer_norm_parameters", launch.architecture(x.device), 32)
+    parameters = {"grad_weight": grad_weight, "grad_bias": grad_bias, "ROWS": cut.rows, "LANES": cut.columns}
+    blocks = triton.cdiv(channels, cut.columns)
+    return [first, Launch(parameters_kernel, blocks, {**arguments, **parameters}, cut)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] as [rows, C] with dense rows; a copy only where strides leave no other way."""
+    return launch.dense_last(x.reshape(-1, x.shape[-1]))
+
+
+def _covered(x: Tensor, weight: Tensor) -> bool:
+    wide = torch.float64 in (x.dtype, weight.dtype)
+    return not wide and x.shape[-1] <= WIDEST
+
+
+def cases(target: str) -> Iterator[Case]:
+    """What is compiled to be measured: the models' tokens, in 16 bits, with float32 parameters."""
+    for rows, channels in CASES:
+        x = torch.empty(rows, channels, dtype=torch.float16, device="meta")
+        parameters = torch.empty(4, channels, device="meta").unbind()
+        statistics = torch.empty(2, rows, device="meta").unbind()
+        name = f"{rows}x{channels}"
+        forward = configurations.choose("layer_norm", target, 16, channels)
+        launched = _forward(x, *parameters[:2], 1e-5, x, *statistics, forward)
+        yield launched.case(f"layer_norm forward {name}")
+        configuration = configurations.choose("layer_norm_backward", target, 16, channels)
+        backward = _backward(x, x, parameters[0], *statistics, (x, *parameters[2:]), configuration)
+        yield from (
+            each.case(f"layer_norm {part} {name}")
+            for each, part in zip(backward, ("backward", "parameters"), strict=True)
+        )
