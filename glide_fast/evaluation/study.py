@@ -34,6 +34,7 @@ from glide_fast.evaluation.nearest import nearest_rank, squared_distances
 from glide_fast.evaluation.neighbours import precision_recall
 from glide_fast.files import sha256_of
 from glide_fast.models import LoadedModel, NoisyCLIP, load_model, load_network
+from glide_fast.models.kept import keep_if_it_fits
 from glide_fast.sampling.denoiser import PerImageNoise, initial_noise
 from glide_fast.sampling.gradients import noisy_clip_gradient
 from glide_fast.sampling.guidance import along_gradient
@@ -272,6 +273,7 @@ def clip_guided(
             f"a model of text at {guide.config.image_size} px, which this CLIP reads, is needed; "
             f"this one paints {size} px"
         )
+    keep_if_it_fits(network)
     device = next(network.parameters()).device
     words = get_tokenizer(text.tokenizer).batch(prompts, text.context)
     tokens, lengths = framed(guide.config.tokenizer, prompts, guide.config.context)
