@@ -18,7 +18,12 @@ from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE, use_kernels
 from tests.ops.attention_cases import LAYOUTS, NAMES, Case, Layout, differentiate, leaves, ours, plain
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+# Three products of TF32, of which a GPU makes one of float32, leave out the smallest terms.
+TOLERANCE = {
+    torch.float32: 1e-6 if DEVICE == "cpu" else 4e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3,
+}
 EVEN = Case(batch=1, queries=128, heads=2, dim=64, text=64)
 ODD = (
     Case(queries=37, heads=2, dim=40, text=5),
