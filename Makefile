@@ -1,7 +1,8 @@
 # make demo    eight prompts -> demo/grid.png, with the embedded models
 # make test    all tests            make lint    format, types, style
 # make bench   speed and parity     make clean   forget the environment and the builds
-#              (BENCH=--quick: reduced shapes in a minute or two, the README stays)
+#              (BENCH=--quick: reduced shapes in a minute or two, the README stays; DEVICE=cuda: on a GPU)
+# make bench-gpu-static    what can be said of the GPU path without a GPU: docs/gpu.md
 # make study   guidance compared    (docs/study.md; half an hour at most, and goes on where it was stopped)
 #
 # Each verb sets up what it needs in .venv. PYTHON chooses the interpreter (>= 3.10), TORCH the release of torch.
@@ -12,11 +13,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TOOLS := $(VENV)/tools
 PEERS := $(VENV)/peers
-BENCH ?= --readme
+DEVICE ?= cpu
+BENCH ?= $(if $(filter cpu,$(DEVICE)),--readme)
 FONT := $(VENV)/font
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*) tests/cuda_threads.cpp
 
-.PHONY: demo test lint bench study format clean
+.PHONY: demo test lint bench bench-gpu-static study format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -33,7 +35,10 @@ lint: $(INSTALLED) $(TOOLS)
 	$(BIN)/mypy
 
 bench: $(INSTALLED) $(TOOLS) $(PEERS)
-	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m bench --device $(DEVICE) $(BENCH)
+
+bench-gpu-static: $(INSTALLED) $(TOOLS)
+	$(BIN)/python -m bench.gpu_static --docs
 
 study: $(INSTALLED) $(TOOLS) $(FONT)
 	$(BIN)/glide-fast study --out docs --work build/study

@@ -86,6 +86,16 @@ def test_it_links_and_leaves_torch_c_functions_alone(
     assert re.findall(r" T (PyInit\w+)", exported) == ["PyInit__cuda"]
 
 
+def test_every_thread_of_its_grids_does_its_part(tmp_path: Path) -> None:
+    """The kernels' own code with the threads one after the other, on the CPU."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler: the threads of csrc/cuda are not run one by one on this machine")
+    program = tmp_path / "threads"
+    flags = f"-O1 -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -I{ROOT}"
+    call(f"{COMPILER} {flags} {ROOT / 'tests/cuda_threads.cpp'} -o {program}")
+    assert call(str(program)) == "equal\n"
+
+
 def test_it_is_built_only_where_torch_has_cuda(build: dict[str, Any]) -> None:
     modules = [module.name for module in build["extensions"]()]
     assert ("glide_fast._cuda" in modules) == (build["find_nvcc"]() is not None)
