@@ -1,16 +1,17 @@
-"""What all blocks of a U-Net compute of the same input, by one product on a GPU.
+"""What the residual blocks of a U-Net compute of the timestep alone.
 
-Every residual block projects the timestep's embedding. On a GPU each of these small products costs a
-launch, and a step has dozens. Where nothing is differentiated, their weights are therefore laid behind each
-other in memory once, as views that the layers keep as their own; then one product serves all, and weights
-that change in place are right.
+Every one of them projects the timestep's embedding, and a step has dozens. On a GPU each of these small
+products costs a launch: where nothing is differentiated, their weights are laid behind each other in memory
+once, as views that the layers keep as their own; then one product serves all, and weights that change in
+place are right. On a CPU each reads a whole weight for a few rows: a :class:`Timetable` has the rows of all
+steps of a sampler, by one product a block.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,38 @@ from glide_fast import ops
 from glide_fast.models.layers import Linear, ResBlock, is_watched
 
 _lock = threading.Lock()
+
+
+MOST_TIMETABLE_BYTES = 1 << 27
+
+
+class Timetable(NamedTuple):
+    """What every residual block makes of each of a sampler's timesteps [S]: [S, B, modulation] each."""
+
+    timesteps: Tensor
+    projections: tuple[Tensor, ...]
+
+    def at(self, timesteps: Tensor) -> tuple[Tensor, ...] | None:
+        """The projections [B, modulation] at the one timestep of all of [B]; None if it is not here."""
+        first = timesteps[:1]
+        found = (self.timesteps == first).nonzero()
+        if not len(found) or not bool((timesteps == first).all()):
+            return None
+        step = int(found[0])
+        return tuple(each[step] for each in self.projections)
+
+
+def timetable(blocks: Sequence[ResBlock], timesteps: Tensor, embeddings: Tensor) -> Timetable | None:
+    """The timetable of embeddings [S, B, E] with their SiLU applied.
+
+    None if it would take too much memory, or if a hook waits for a projection at every step.
+    """
+    layers: list[Any] = [block.emb_layers["1"] for block in blocks]
+    if any(is_watched(layer) for layer in layers):
+        return None
+    if embeddings[..., 0].numel() * sum(4 * layer.out_features for layer in layers) > MOST_TIMETABLE_BYTES:
+        return None
+    return Timetable(timesteps, tuple(layer(embeddings) for layer in layers))
 
 
 def modulations(

@@ -149,8 +149,11 @@ class Trunk(TextConditioned):
 
     def modulations(self, embedding: Tensor) -> Given:
         """What the blocks are given of the embedding [B or 1, E] with its SiLU applied."""
-        blocks = [layer for stage in self.stages() for layer in stage if isinstance(layer, ResBlock)]
-        return modulations(blocks, embedding, self.compute_dtype)
+        return modulations(self.residual_blocks(), embedding, self.compute_dtype)
+
+    def residual_blocks(self) -> list[ResBlock]:
+        """The blocks that read the timestep, in the order in which they compute."""
+        return [layer for stage in self.stages() for layer in stage if isinstance(layer, ResBlock)]
 
     def stages(self) -> Iterator[Stage]:
         """Every stage in the order in which they compute."""

@@ -18,6 +18,7 @@ from glide_fast.models.layers import (
     activated_convolution,
     zeroed,
 )
+from glide_fast.models.modulation import Timetable, timetable
 from glide_fast.models.trunk import Given, Trunk, UNetConfig
 
 
@@ -77,6 +78,21 @@ class UNet(Trunk):
         """What the attention blocks read of an encoded text [B, S, width]: [B, S, 2·C] each."""
         return tuple(block.encoder_kv(sequence) for block in self._readers() if block.encoder_kv is not None)
 
+    def timetable(
+        self, timesteps: Tensor, *, text: TextEncoding | None = None, labels: Tensor | None = None
+    ) -> Timetable | None:
+        """What the blocks read of a sampler's timesteps [S] and the text or labels of B pictures.
+
+        Worth making on a CPU, for all steps of a sampler at once. None where :func:`~glide_fast.models.
+        modulation.timetable` makes none.
+        """
+        embeddings = self.embed(timesteps)[:, None]  # [S, 1, E]
+        if labels is not None:
+            embeddings = embeddings + self.label_emb(labels)
+        if text is not None:
+            embeddings = embeddings + text.pooled.to(embeddings.dtype)
+        return timetable(self.residual_blocks(), timesteps, F.silu(embeddings))
+
     def forward(
         self,
         x: Tensor,
@@ -88,6 +104,7 @@ class UNet(Trunk):
         low_res: Tensor | None = None,
         known: MaskedImage | None = None,
         labels: Tensor | None = None,
+        timetable: Timetable | None = None,
     ) -> Tensor:
         """One evaluation of the network.
 
@@ -98,6 +115,8 @@ class UNet(Trunk):
             low_res: [B, 3, h, w] in [-1, 1], for upsamplers.
             known: the known part of the picture, for inpainting models; None = nothing is known.
             labels: class indices [B], for class-conditional models.
+            timetable: what :meth:`timetable` made of this text or these labels; used where it has the
+                timestep.
 
         Returns:
             [B, out_channels, H, W] in the dtype of ``x``: the noise, then the variance where it is learned.
@@ -108,13 +127,18 @@ class UNet(Trunk):
         """
         self.check_inputs(x, timesteps)
         self._check_conditions(tokens, text, low_res, known, labels)
-        embedding = self.embed(timesteps, labels)
         if tokens is not None:
             text = self.text(tokens, mask)
-        if text is not None:
-            embedding = embedding + text.pooled.to(embedding.dtype)
+        made = None if timetable is None else timetable.at(timesteps)
+        if made is not None:
+            given: Given = dict(zip(self.residual_blocks(), made, strict=True))
+        else:
+            embedding = self.embed(timesteps, labels)
+            if text is not None:
+                embedding = embedding + text.pooled.to(embedding.dtype)
+            given = self.modulations(F.silu(embedding))
         h = self._input(x, low_res, known)
-        h = self._body(h, self.modulations(F.silu(embedding)), self._read(text))
+        h = self._body(h, given, self._read(text))
         out: Tensor = self.out(h.to(x.dtype))
         return out.contiguous()
 

@@ -132,13 +132,16 @@ def sample_stage(
         keep_if_it_fits(model)
     with torch.inference_mode():
         text = model.text(words.tokens.to(device), words.mask.to(device))
+        timesteps = diffusion.model_timesteps(torch.arange(diffusion.steps, device=device))
+        on_cpu = graphs is None and device.type == "cpu"
+        timetable = model.timetable(timesteps, text=text) if on_cpu else None
     if low_res is not None:
         low_res = low_res.to(device).repeat(copies, 1, 1, 1)
     if known is not None:
         known = MaskedImage(*(part.to(device) for part in known))
     seen = _repeat(known, len(texts)) if known is not None and config.unet.inpaint else None
     denoise: Denoiser = Conditioned(
-        network=model, conditions={"text": text, "low_res": low_res, "known": seen}
+        network=model, conditions={"text": text, "low_res": low_res, "known": seen, "timetable": timetable}
     )
     if copies == 2:
         denoise = classifier_free(denoise, guidance, rescale=options.rescale)
