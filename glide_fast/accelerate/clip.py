@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
+from glide_fast.accelerate.perceptron import affine
 from glide_fast.accelerate.plan import Noise, Plan, types_of
 
 
@@ -25,6 +26,9 @@ class ClipAttentionPlan(Plan):
     def inner(self, module: Any) -> tuple[nn.Module, ...]:
         return (module.attn,)
 
+    def products(self, module: Any) -> list[Tensor]:
+        return [module.attn.in_proj_weight, module.attn.out_proj.weight]
+
     def examples(self, module: Any, noise: Noise) -> list[tuple[Tensor, ...]]:
         tokens = 6 if module.attn_mask is None else module.attn_mask.shape[-1]
         return [(noise(tokens, 2, module.attn.embed_dim),)]
@@ -34,15 +38,26 @@ class ClipAttentionPlan(Plan):
 
     def serve(self, module: Any, inputs: Sequence[Any]) -> Tensor:
         x, attn, mask = inputs[0], module.attn, module.attn_mask
-        projected = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # [T, B, 3C]
+        projected = affine(x, attn.in_proj_weight, attn.in_proj_bias)  # [T, B, 3C]
         query, key, value = torch.unflatten(projected.transpose(0, 1), 2, (3, attn.num_heads, -1)).unbind(2)
         if mask is None:
             attended = ops.attention(query, key, value)  # [B, T, N, D]
+        elif _is_causal(mask):
+            attended = ops.causal_attention(query, key, value)
         else:
             mask = mask[..., -len(x) :, -len(x) :].to(dtype=x.dtype, device=x.device)
             query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # [B, N, T, D]
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-        return F.linear(attended.transpose(0, 1).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+        return affine(attended.transpose(0, 1).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask hides exactly what is behind each token; one on a GPU is not asked: that would wait."""
+    if mask.device.type != "cpu" or mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    return (
+        torch.equal(mask, torch.full_like(mask, -torch.inf).triu_(1)) if mask.is_floating_point() else False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glide_fast.accelerate.attention import propose_attention
 from glide_fast.accelerate.clip import propose_clip_attention, propose_clip_pool
 from glide_fast.accelerate.norm import propose_head, propose_norm
+from glide_fast.accelerate.perceptron import propose_perceptron
 from glide_fast.accelerate.plan import Plan
 from glide_fast.accelerate.products import Products, check_products
 from glide_fast.accelerate.proof import objection
@@ -31,6 +32,7 @@ PROPOSALS = (
     propose_attention,
     propose_clip_attention,
     propose_clip_pool,
+    propose_perceptron,
 )
 _OURS = "our own module, served already"
 _UNKNOWN = "not a form that glide_fast knows"

@@ -72,7 +72,7 @@ def _attend(
     batch, queries, heads, dim = query.shape
     strides = (queries * heads * dim, heads * dim, dim, 1)
     output = memory.empty(query.shape, strides)
-    log_sum = torch.empty((batch, heads, queries))
+    log_sum = torch.empty((batch, heads, queries), dtype=torch.float32, device="cpu")
     tensors = [_float(each) for each in (query, key, value, text_key, text_value)]
     torch.ops.glide_fast.attention_forward(*tensors, causal, output, log_sum)
     return output, log_sum

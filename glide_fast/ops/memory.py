@@ -67,8 +67,8 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """A float32 tensor with arbitrary contents; ``strides`` without gaps."""
     size = _FLOAT_BYTES * math.prod(shape)
     if size < SMALLEST:
-        return torch.empty_strided(shape, strides)
-    return torch.empty(0).set_(_blocks.take(size), 0, shape, strides)
+        return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
+    return torch.empty(0, dtype=torch.float32, device="cpu").set_(_blocks.take(size), 0, shape, strides)
 
 
 def empty_map(batch: int, channels: int, height: int, width: int) -> Tensor:
