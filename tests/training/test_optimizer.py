@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from glide_fast.models import ModelConfig
 from glide_fast.training import loop
-from glide_fast.training.config import OptimizerConfig
+from glide_fast.training.config import OptimizerConfig, TrainConfig
 from glide_fast.training.ema import ExponentialMovingAverage
+from glide_fast.training.log import read_log
 from glide_fast.training.loop import Trainer
 from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients, new_optimizer, update
-from tests.training.tiny import assert_identical, snapshot, tiny_config
+from tests.training.tiny import assert_identical, snapshot, tiny_config, tiny_unet
+from tests.training.worlds import World
 
 SETTINGS = OptimizerConfig(learning_rate=3e-3, weight_decay=0.05, clip=0.5, ema=0.99)
 LAST = torch.channels_last
@@ -161,3 +165,26 @@ def test_a_run_with_it_is_resumed_exactly_and_goes_on_without_it(
     # Where a gradient is nothing but rounding, AdamW makes a whole step of it: few weights, by a rate each.
     assert (mine - expected).abs().mean() <= 1e-6
     assert (mine - expected).abs().max() <= config.optimizer.learning_rate
+
+
+def train_in_one_launch(config: TrainConfig, directory: Path) -> None:
+    """What each process of a run does whose device has the kernel."""
+    loop.new_optimizer = OneLaunchAdamW
+    loop.train(config, directory)
+
+
+def test_sharded_weights_learn_the_same_and_are_saved_and_resumed(pictures: Path, tmp_path: Path) -> None:
+    model = ModelConfig(unet=tiny_unet(dropout=0.0), steps=20)
+    config = tiny_config(pictures, model=model, sharding="fsdp", save_every=6)
+    alone = replace(config, sharding="ddp")
+    loop.train(alone, tmp_path / "alone")
+    assert World(2, train_in_one_launch, replace(config, steps=6), tmp_path / "sharded").wait() == []
+    assert World(2, train_in_one_launch, config, tmp_path / "sharded").wait() == []
+    mine, theirs = (
+        [each["loss"] for each in read_log(tmp_path / name / "log.jsonl")] for name in ("sharded", "alone")
+    )
+    assert mine[-1] == pytest.approx(theirs[-1], rel=2e-3)
+    read, expected = (Trainer(alone, tmp_path / name) for name in ("sharded", "alone"))
+    assert read.state.step == expected.state.step == config.steps
+    steps = [float(state["step"]) for state in read.state.optimizer.state.values()]
+    assert set(steps) == {float(config.steps)}
