@@ -90,7 +90,9 @@ class ResBlock(layers.ResBlock, TimestepBlock):
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out
         self.dropout, self.use_checkpoint = dropout, use_checkpoint
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, skip: Tensor | None = None
+    ) -> Tensor:
         """x [B, C, *space], emb [B, E] -> [B, out_channels, *space']."""
         return super().forward(x, F.silu(emb), skip)
 

@@ -20,9 +20,9 @@ from glide_fast.models.unet import UNet
 class CallableStage(Stage):
     """A stage that can be called as the originals' are, ``stage(h, emb)``, ``emb`` before its SiLU."""
 
-    def forward(self, x: Tensor, embedding: Tensor, *text: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Any, *rest: Any) -> Tensor:
         """x [B, C, *space]; with two arguments the embedding gets its SiLU here."""
-        return super().forward(x, embedding, *text) if text else super().forward(x, F.silu(embedding), None)
+        return super().forward(x, embedding, *rest) if rest else super().forward(x, F.silu(embedding), None)
 
 
 class Torso(Trunk):

@@ -315,7 +315,7 @@ def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
     wide = x.to(dtype)
     if kind == ACTIVATION_GELU:
         density = (-0.5 * wide.square()).exp() / math.sqrt(2 * math.pi)
-        slope = 0.5 * torch.special.erfc(wide * -math.sqrt(0.5)) + wide * density
+        slope: Tensor = 0.5 * torch.special.erfc(wide * -math.sqrt(0.5)) + wide * density
     else:
         sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * wide)
         slope = sigmoid * (1 + QUICK_GELU_SLOPE * wide * (1 - sigmoid))

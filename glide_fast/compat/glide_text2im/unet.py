@@ -48,7 +48,9 @@ class AttentionBlock(layers.AttentionBlock):
         super().__init__(channels, heads, encoder_channels)
         self.channels, self.num_heads, self.use_checkpoint = channels, heads, use_checkpoint
 
-    def forward(self, x: Tensor, encoder_out: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, encoder_out: Tensor | None = None
+    ) -> Tensor:
         """x [B, C, *space], encoder_out [B, encoder_channels, S] -> [B, C, *space]."""
         return super().forward(x, None if encoder_out is None else encoder_out.transpose(1, 2))
 
