@@ -67,16 +67,20 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention_backward", None, 32, 64, Configuration(16, 32, 4, 1)),
     ("attention_backward", None, 32, 128, Configuration(16, 16, 4, 1)),
     # rows are pixels, columns channels, the shape class the pixels of a picture
-    ("group_norm", ("gfx942",), None, None, Configuration(64, 64, 8, 1)),
+    ("group_norm", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
     ("group_norm", None, None, None, Configuration(64, 64, 8, 1, registers=64)),
+    ("group_norm_one_pass", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
-    ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 8, 1)),
+    ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
+    ("convolution_sum", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
     ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
     # rows times columns are a program's elements, the shape class the channels
+    ("activation", ("gfx942",), None, None, Configuration(1, 2048, 4, 1)),
     ("activation", None, None, None, Configuration(1, 1024, 4, 1)),
     ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
+    ("layer_norm_backward", ("gfx942",), None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm_backward", None, None, 2048, Configuration(1, 2048, 8, 1)),
     ("layer_norm_backward", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_parameters", None, None, None, Configuration(32, 32, 4, 1)),

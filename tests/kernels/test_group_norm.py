@@ -16,7 +16,7 @@ from glide_fast.kernels import group_norm_backward as backward
 from glide_fast.kernels import group_norm_tiles as tiles
 from glide_fast.ops import reference
 from glide_fast.ops.group_norm import resampled_shape
-from tests.kernels.compiled import compile_cases
+from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE
 from tests.ops.group_norm_cases import Layout, laid_out
 
@@ -318,3 +318,18 @@ def test_resources_hold_to_the_budget() -> None:
         assert row["shared"] <= 2048, row
         assert row["wide_loads"] >= 2, row
         assert row["wide_stores"] >= 1 or "statistics" in row["name"] or "sums" in row["name"], row
+
+
+def test_launches_of_one_pixel_or_channel_compile_as_on_a_gpu() -> None:
+    program = """
+from glide_fast.kernels.group_norm import group_norm
+from glide_fast.kernels.group_norm_backward import group_norm_backward
+for shape, groups in (((1, 1, 1, 1), 1), ((2, 33, 1, 33), 11)):
+    x, weight, film = torch.ones(shape), torch.ones(shape[1]), torch.ones(shape[0], shape[1])
+    y, *saved = group_norm(x, weight, weight, film, film, groups, 1e-5, True, 0)
+    group_norm_backward(y, x, weight, weight, film, film, *saved, True, 0)
+"""
+    launches = rehearse("sm_90", program)
+    kernels = [row["name"] for row in launches]
+    assert kernels == 2 * ["one_pass_kernel", "sums_kernel", "dx_kernel"]
+    assert all(row["spills"] == 0 for row in launches)
