@@ -1,4 +1,4 @@
-"""GroupNorm and attention at glide-base's shapes, against eager PyTorch computing as the original code does.
+"""GroupNorm, attention and the text's perceptron at glide-base's shapes, against eager PyTorch as the original.
 
 Each side has its own layout: [B, C, H, W] and [B, C, T] in memory for the original, channels-last for ours.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.suite import Case
 from glide_fast.models.presets import preset
-from glide_fast.ops import Resample, attention, group_norm
+from glide_fast.ops import Resample, attention, group_norm, layer_norm, linear
 
 NORM_FLOPS = 10  # a pixel and channel, nominally: statistics, normalisation, FiLM, SiLU
 
@@ -94,9 +94,40 @@ def attention_case(channels: int, size: int, *, heads: int, text: int) -> Case:
     )
 
 
+def _our_perceptron(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    hidden = linear(layer_norm(x, weight, bias), first, activation="gelu")
+    return linear(hidden, last, residual=x)
+
+
+def _plain_perceptron(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    normal = F.layer_norm(x, weight.shape, weight, bias)
+    return x + F.linear(F.gelu(F.linear(normal, first)), last)
+
+
+def perceptron_case(width: int, tokens: int) -> Case:
+    """x + MLP(LayerNorm(x)) of a text transformer's block; its work is the two products."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        parameters = 1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width)
+        weights = torch.randn(4 * width, width) / width**0.5, torch.randn(width, 4 * width) / (2 * width**0.5)
+        return torch.randn(2, tokens, width), *parameters, *weights
+
+    work = 2 * 2 * tokens * 8 * width**2
+    return Case(
+        name=f"LayerNorm and perceptron {tokens}x{width}",
+        ours=_our_perceptron,
+        peer=_plain_perceptron,
+        inputs=inputs,
+        work=work,
+        unit="GFLOP/s",
+        intensity=work / (4 * (8 * width**2 + 4 * tokens * width)),
+    )
+
+
 def with_backward(case: Case) -> Case:
-    """Forward and backward: the norm also reads x and a gradient and writes x's; attention has 5 products."""
-    factor = 2.5 if case.unit == "GB/s" else 3.5
+    """Forward and backward: a norm also reads x and a gradient and writes x's; products become 3.5 or 3 times."""
+    factor = 2.5 if case.unit == "GB/s" else 3.0 if "perceptron" in case.name else 3.5
     return replace(case, name=f"{case.name} + backward", backward=True, work=factor * case.work)
 
 
@@ -109,6 +140,8 @@ def cases() -> Iterable[Case]:
     ]
     chosen = [norm_case(*shape) for shape in maps]
     chosen += [norm_case(*maps[0], resample="down"), norm_case(*maps[1], resample="up")]
+    if unet.text is not None:
+        chosen.append(perceptron_case(unet.text.width, text))
     for channels, size in maps:
         if unet.image_size // size in unet.attention_strides:
             chosen.append(attention_case(channels, size, heads=channels // head, text=text))
