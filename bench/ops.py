@@ -1,4 +1,4 @@
-"""GroupNorm, attention and the text's perceptron at glide-base's shapes, against eager PyTorch as the original.
+"""GroupNorm, attention and the text's perceptron at glide-base's shapes, against the original in PyTorch.
 
 Each side has its own layout: [B, C, H, W] and [B, C, T] in memory for the original, channels-last for ours.
 """
@@ -126,7 +126,7 @@ def perceptron_case(width: int, tokens: int) -> Case:
 
 
 def with_backward(case: Case) -> Case:
-    """Forward and backward: a norm also reads x and a gradient and writes x's; products become 3.5 or 3 times."""
+    """Forward and backward: a norm also reads x and a gradient and writes x's; products become 3 to 3.5."""
     factor = 2.5 if case.unit == "GB/s" else 3.0 if "perceptron" in case.name else 3.5
     return replace(case, name=f"{case.name} + backward", backward=True, work=factor * case.work)
 
