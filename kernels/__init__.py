@@ -34,8 +34,8 @@ _CONVOLUTION = (
     'for it (accelerate(model, conv="triton")), all others by cuDNN'
 )
 _LINEAR = (
-    "float32, bfloat16, float16 with weights that were chosen for it "
-    '(accelerate(model, conv="triton")), from 64 rows on; all else by cuBLAS'
+    "from 64 rows on, bfloat16 and float16 with a second input or a residual, and float32 too with weights "
+    'that were chosen for it (accelerate(model, conv="triton")); all else by cuBLAS'
 )
 _LAYER_NORM = "float32, bfloat16, float16; rows of up to 16384 numbers; all else by the default"
 _ACTIVATION = "float32, bfloat16, float16; float64 by the default"

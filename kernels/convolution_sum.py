@@ -9,7 +9,8 @@ Bytes of 16-bit maps: 6 an element with a residual (two reads, one write), 4 wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
@@ -54,6 +55,17 @@ def sum_kernel(
         values = tl.load(residual + picture * residual_batch + near, mask=there, other=0.0)
         total += values.to(tl.float32)
     tl.store(at, total.to(y.dtype.element_ty), mask=there)
+
+
+def _work(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes and FLOP of a launch."""
+    moved = 2 * arguments["y"].nbytes
+    for name in ("BIAS", "RESIDUAL"):
+        moved += arguments[name.lower()].nbytes if arguments[name] else 0
+    return moved, 2 * arguments["y"].numel()
+
+
+WORK = {"sum_kernel": _work}  # for who counts what is launched
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -156,8 +156,12 @@ def linear(
     residual: Tensor | None,
     kind: int,
 ) -> Tensor:
-    """The op `linear`: by the kernel where the weight was chosen for it, else by cuBLAS."""
-    if not chosen.is_chosen(weight) or not _serves(x):
+    """The op `linear`: by the kernel where it saves a pass over memory or was chosen, else by cuBLAS.
+
+    cuBLAS neither reads two inputs nor adds a residual to a product with a bias.
+    """
+    fused = x.element_size() == 2 and (second is not None or residual is not None)
+    if not (fused or chosen.is_chosen(weight)) or not _serves(x):
         result: Tensor = dispatch.default("linear")(x, second, weight, bias, residual, kind)
         return result
     return multiply(x, second, weight, bias, residual, kind)
@@ -179,7 +183,7 @@ def multiply(
 ) -> Tensor:
     """activation([x, second] weight^T + bias) + residual."""
     channels = len(weight)
-    output = product.empty((*x.shape[:-1], channels), x)
+    output = x.new_empty((*x.shape[:-1], channels))
     if not output.numel():
         return output
     rows = x.reshape(-1, x.shape[-1]).contiguous()
