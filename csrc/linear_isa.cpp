@@ -57,11 +57,12 @@ void finish(const LinearProblem& problem, const float* sums, int64_t first_row, 
     finish_this(problem, sums, first_row, rows, first);
 }
 
-// Begins to load a cache line with each step in depth.
+// Begins to load a cache line of a row with each step in depth.
 struct LoadAhead {
     const float* data;
+    int64_t row;
 
-    void operator()(int64_t k) const { __builtin_prefetch(data + k * glide_fast::CACHE_LINE_FLOATS, 0, 2); }
+    void operator()(int64_t k) const { __builtin_prefetch(data + k * row, 0, 2); }
 };
 
 // The part of the weights that one product reads: rows of a panel.
@@ -71,7 +72,8 @@ struct Part {
 };
 
 // sums [rows, PANEL] = A [rows, depth] B, or added. The first steps begin to load what comes next: B is read
-// once a block of rows, so it comes from memory or a far cache, which processors foresee up to the next page.
+// once a block of rows, so it comes from memory or a far cache; processors foresee it up to the next page
+// where it is packed, and not at all in strides.
 void multiply_part(Matrix a, int64_t rows, Part b, int64_t depth, float* sums, bool add, const float* next) {
     constexpr int64_t LINES = PANEL / glide_fast::CACHE_LINE_FLOATS;
     int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
@@ -81,10 +83,10 @@ void multiply_part(Matrix a, int64_t rows, Part b, int64_t depth, float* sums, b
         for (int64_t column = 0; column < PANEL; column += WIDTH) {
             const int64_t half = done * (PANEL / WIDTH) + column / WIDTH;
             float* target = sums + row * PANEL + column;
-            if (half < LINES && b.row == PANEL)
+            if (half < LINES)
                 AllProducts<LONG_SUMS, LoadAhead>::BY_ROWS[count](
                     block, b.data + column, b.row, depth, target, PANEL, add,
-                    {next + half * depth * glide_fast::CACHE_LINE_FLOATS});
+                    {next + half * glide_fast::CACHE_LINE_FLOATS, b.row});
             else
                 AllProducts<LONG_SUMS>::BY_ROWS[count](block, b.data + column, b.row, depth, target, PANEL,
                                                        add, {});
