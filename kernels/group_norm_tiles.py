@@ -220,9 +220,9 @@ class Norm:
     @staticmethod
     def blank(channels: int, *, batch: int, film: bool, mode: int) -> Norm:
         """A norm of 32 groups without values, on the meta device."""
-        parameters = torch.empty(2, channels, device="meta").unbind()
-        shifts = torch.empty(batch, 2 * channels, device="meta", dtype=torch.float16).chunk(2, dim=1)
-        return Norm(*parameters, *(shifts if film else (None, None)), 32, 1e-5, True, mode)
+        weight, bias = torch.empty(2, channels, device="meta")
+        scale, shift = torch.empty(batch, 2 * channels, device="meta", dtype=torch.float16).chunk(2, dim=1)
+        return Norm(weight, bias, scale if film else None, shift if film else None, 32, 1e-5, True, mode)
 
     @property
     def arguments(self) -> dict[str, Any]:

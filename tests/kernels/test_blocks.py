@@ -1,0 +1,78 @@
+"""Blocks of the models, served by all kernels together, agree with the reference in value and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glide_fast.models.clip import ClipBlock
+from glide_fast.models.layers import AttentionBlock, ResBlock
+from glide_fast.models.transformer import TransformerBlock
+from glide_fast.ops import use_reference
+from tests.kernels.interpreter import DEVICE, use_kernels
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """The module on the device, with no parameter left at zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module.to(DEVICE)
+
+
+def draw(*shape: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual.double() - expected).norm() / expected.norm()) <= 2e-6
+
+
+def compare(module: nn.Module, *inputs: Any) -> None:
+    """Output and every gradient, by the kernels in float32 and by the reference in float64."""
+    results = []
+    for context, dtype in ((use_kernels(), torch.float32), (use_reference(), torch.float64)):
+        module = module.to(dtype)
+        leaves = [None if each is None else each.detach().to(dtype).requires_grad_() for each in inputs]
+        with context:
+            y = module(*leaves)
+            wanted = [*(each for each in leaves if each is not None), *module.parameters()]
+            results.append([y, *torch.autograd.grad(y, wanted, draw(*y.shape).to(dtype))])
+    for actual, expected in zip(*results, strict=True):
+        close(actual.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("resample", ["none", "up", "down"])
+@pytest.mark.parametrize("scale_shift_norm", [True, False])
+def test_a_residual_block_learns_alike(resample: Any, scale_shift_norm: bool) -> None:
+    block = ResBlock(12, 24, 16, norm_groups=4, resample=resample, scale_shift_norm=scale_shift_norm)
+    compare(filled(block), draw(2, 12, 6, 4), draw(2, 16))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_decoders_block_reads_both_inputs_where_they_lie(channels_last: bool) -> None:
+    block = filled(ResBlock(20, 12, 16, norm_groups=4))
+    x, embedding, skip = draw(2, 12, 6, 4), draw(2, 16), draw(2, 8, 6, 4)
+    skip = skip if channels_last else skip.contiguous()
+    with torch.no_grad():
+        with use_kernels():
+            y = block(x, embedding, skip)
+        with use_reference():
+            expected = block.double()(x.double(), embedding.double(), skip.double())
+    close(y, expected)
+
+
+def test_an_attention_block_learns_alike() -> None:
+    block = AttentionBlock(32, 2, 16, norm_groups=4)
+    compare(filled(block), draw(1, 32, 4, 4), draw(1, 5, 16))
+
+
+def test_transformers_blocks_learn_alike() -> None:
+    compare(filled(TransformerBlock(32, 2)), draw(2, 7, 32))
+    compare(filled(ClipBlock(32, 2, causal=False)), draw(2, 7, 32))
