@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from bench import plots, report
+from bench.place import DEVICES, Place
 from bench.rows import Record
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, help="default: all")
     parser.add_argument("-k", default="", metavar="NAME", help="only cases that pytest's -k selects")
     parser.add_argument("--quick", action="store_true", help="reduced shapes, about a minute in all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for the ops; networks: cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="rehearsal: as on a GPU, on the CPU")
     parser.add_argument("--seconds", type=float, help="for the pairs of one case and peer")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the results")
     parser.add_argument("--readme", action="store_true", help="update README.md and docs/ from a whole run")
@@ -63,6 +64,14 @@ def main() -> int:
     partial = chosen.quick or chosen.suite or chosen.k
     if chosen.readme and partial:
         print("--readme needs a whole run: leave --quick, --suite and -k out", file=sys.stderr)
+        return 2
+    if chosen.readme and chosen.device != "cpu":
+        print("--readme is for the CPU's numbers; a GPU's are in the folder --out", file=sys.stderr)
+        return 2
+    try:
+        Place.of(chosen.device)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
         return 2
     out: Path = chosen.out
     out.mkdir(parents=True, exist_ok=True)

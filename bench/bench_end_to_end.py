@@ -10,6 +10,7 @@ from bench import memory, pictures
 from bench.conftest import Measure
 from bench.networks import small, text_step
 from bench.parity import ParityError, picture_excess, require
+from bench.place import Place
 from bench.rows import Labels, MemoryRow, Record
 from glide_fast.models.presets import preset
 from glide_fast.sampling.pipeline import StageOptions, TextToImage
@@ -19,12 +20,12 @@ LIKENESS = 40.0  # decibels between pictures of 8 bits, where a rounding may fal
 
 
 def test_prompt_to_pixels(
-    request: pytest.FixtureRequest, record: Record, suite: str, measure: Measure
+    request: pytest.FixtureRequest, record: Record, suite: str, measure: Measure, place: Place
 ) -> None:
     """The embedded pipeline as it is called: tokens, both stages, 8-bit pictures."""
     steps = QUICK_STEPS if request.config.getoption("--quick") else STEPS
     batch = len(pictures.PROMPTS)
-    ours = pictures.ours()
+    ours = pictures.ours(place)
     theirs = pictures.of_peer(ours, "upstream", batch)
     options = StageOptions(steps=steps, guidance=pictures.GUIDANCE)
     last = StageOptions(steps=steps, guidance=1.0, temperature=0.997)
@@ -40,8 +41,12 @@ def test_prompt_to_pixels(
     measure(labels, lambda: paint(ours), lambda: paint(theirs), (error, 0.0))
 
 
-def test_threads(request: pytest.FixtureRequest, record: Record, suite: str, measure: Measure) -> None:
+def test_threads(
+    request: pytest.FixtureRequest, record: Record, suite: str, measure: Measure, place: Place
+) -> None:
     """The base model's step on all of torch's threads against one."""
+    if place.gpu:
+        pytest.skip("threads are the CPU's")
     threads = torch.get_num_threads()
     config = preset("glide-base").unet
     if request.config.getoption("--quick"):
@@ -65,8 +70,10 @@ def test_threads(request: pytest.FixtureRequest, record: Record, suite: str, mea
     measure(labels, subject.ours, alone, (error, 0.0))
 
 
-def test_peak_memory(request: pytest.FixtureRequest, record: Record) -> None:
+def test_peak_memory(request: pytest.FixtureRequest, record: Record, place: Place) -> None:
     """The base model's inference, in a process of its own, in units of its float32 weights."""
+    if place.gpu:
+        pytest.skip("the process' memory is the host's; what a call needs on the device is in the rows")
     quick = request.config.getoption("--quick")
     *ours, theirs = (memory.measure(who, quick=quick) for who in memory.SIDES)
     for peak, mode in zip(ours, ("", ", low memory"), strict=True):

@@ -10,6 +10,7 @@ import torch
 from bench import blocks, ops
 from bench.conftest import Compare, Contest, Measure
 from bench.parity import ParityError
+from bench.place import Place
 from bench.rows import Labels, Record
 from bench.suite import Case, Function, gate
 from bench.timing import Call
@@ -27,19 +28,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", chosen, ids=[case.name for case in chosen])
 
 
-def test_op(op: Case, request: pytest.FixtureRequest, record: Record, suite: str, measure: Measure) -> None:
+def test_op(op: Case, place: Place, record: Record, suite: str, measure: Measure) -> None:
     """Forward, or forward and backward."""
-    device = request.config.getoption("--device")
     try:
-        error = gate(op, device)
+        error = gate(op, place)
     except ParityError as red:
         record.red.append(str(red))
         raise
     labels = Labels(
         suite=suite, case=op.name, peer="upstream", work=op.work, unit=op.unit, intensity=op.intensity
     )
-    ours = _call(op, op.ours, device, op.layout)
-    measure(labels, ours, _call(op, op.peer, device, torch.clone), (error, 0.0))
+    ours = _call(op, op.ours, place, op.layout)
+    measure(labels, ours, _call(op, op.peer, place, torch.clone), (error, 0.0))
 
 
 def test_block(contest: Contest, peer: str, compare: Compare) -> None:
@@ -47,12 +47,6 @@ def test_block(contest: Contest, peer: str, compare: Compare) -> None:
     compare(contest, peer)
 
 
-def _call(op: Case, function: Function, device: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-    inputs = op.leaves(device, torch.float32, layout)
-
-    def call() -> None:
-        op.call(function, inputs)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return call
+def _call(op: Case, function: Function, place: Place, layout: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    inputs = op.leaves(place, place.dtype, layout)
+    return lambda: op.call(function, inputs)

@@ -12,7 +12,8 @@ from bench import pictures
 from bench.conftest import Measure
 from bench.networks import TEXT_PEERS
 from bench.parity import ParityError, picture_excess, require
-from bench.peers.runtimes import Unavailable
+from bench.peers.runtimes import SDPA, Unavailable
+from bench.place import Place
 from bench.rows import Labels, Record
 from glide_fast.sampling.pipeline import TextToImage
 
@@ -21,9 +22,9 @@ QUICK_STEPS, QUICK_BATCH = 2, 2
 
 
 @pytest.fixture(scope="module")
-def models() -> TextToImage:
+def models(place: Place) -> TextToImage:
     """Our pipeline."""
-    return pictures.ours()
+    return pictures.ours(place)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def expected(models: TextToImage, size: tuple[int, int]) -> Tensor:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a peer; when quick, eager ones alone."""
-    chosen = TEXT_PEERS[:2] if metafunc.config.getoption("--quick") else TEXT_PEERS
+    on_gpu = Place.of(metafunc.config.getoption("--device")).gpu
+    peers = ("upstream", "upstream, text once", *SDPA, "compile, CUDA graphs") if on_gpu else TEXT_PEERS
+    chosen = peers[:2] if metafunc.config.getoption("--quick") else peers
     metafunc.parametrize("peer", chosen)
 
 

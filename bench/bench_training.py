@@ -17,11 +17,13 @@ from bench.learning import Example, Learner
 from bench.networks import INFERENCE_PEERS
 from bench.parity import NETWORK_FACTOR, PEER_FACTOR, ParityError, require, worst_excess
 from bench.peers.runtimes import Unavailable, forget
+from bench.place import Place
 from bench.rows import MEBI, Labels, MemoryRow, Record
 from bench.subject import Outputs
 from glide_fast.models import UNet
 
 BATCH, QUICK_BATCH = 8, 2
+TRAINING_PEERS = ("upstream", "compile")  # on a GPU, where others do not train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +44,20 @@ class Lesson:
 
 
 @pytest.fixture(scope="module")
-def lesson(request: pytest.FixtureRequest) -> Lesson:
+def lesson(request: pytest.FixtureRequest, place: Place) -> Lesson:
     """A small ADM with all that its peers share."""
     quick = request.config.getoption("--quick")
     config = learning.small_adm(quick=quick)
     batch = QUICK_BATCH if quick else BATCH
-    start, example = learning.network(config), Example.of(config, batch)
+    start, example = learning.network(config), Example.of(config, batch).at(place)
     with FlopCounterMode(display=False) as counter:
-        learning.plain_learner(start, recompute_attention=False).gradients(example)
+        learning.plain_learner(start, recompute_attention=False, place=place).gradients(example)
     return Lesson(
         name=f"training step, ADM {config.image_size} px, {config.channels} channels, batch {batch}",
         start=start,
         example=example,
-        plain=learning.plain_learner(start).gradients(example),
-        exact=learning.plain_learner(start, dtype=torch.float64).gradients(example.double()),
+        plain=learning.plain_learner(start, place=place).gradients(example),
+        exact=learning.plain_learner(start, dtype=torch.float64, place=place).gradients(example.double()),
         flops=float(counter.get_total_flops()),
     )
 
@@ -64,19 +66,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a peer; when quick, the original alone."""
     if "peer" in metafunc.fixturenames:
         quick = metafunc.config.getoption("--quick")
-        metafunc.parametrize("peer", INFERENCE_PEERS[:1] if quick else INFERENCE_PEERS)
+        on_gpu = Place.of(metafunc.config.getoption("--device")).gpu
+        peers = TRAINING_PEERS if on_gpu else INFERENCE_PEERS
+        metafunc.parametrize("peer", peers[:1] if quick else peers)
 
 
-def test_step(peer: str, lesson: Lesson, record: Record, measure: Measure) -> None:
+def test_step(peer: str, lesson: Lesson, record: Record, measure: Measure, place: Place) -> None:
     """Forward, backward, AdamW."""
-    ours = learning.our_learner(lesson.start)
+    ours = learning.our_learner(lesson.start, place)
     try:
         error = lesson.gate("ours", ours)
     except ParityError as red:
         record.red.append(str(red))
         raise
     try:
-        theirs = learning.learner(peer, lesson.start)
+        theirs = learning.learner(peer, lesson.start, place)
         peer_error = lesson.gate(peer, theirs, PEER_FACTOR)
     except (Unavailable, ParityError) as reason:
         record.absent.append((lesson.name, peer, str(reason)))
@@ -91,11 +95,14 @@ def test_step(peer: str, lesson: Lesson, record: Record, measure: Measure) -> No
     forget()
 
 
-def test_saved_activations(lesson: Lesson, record: Record) -> None:
+def test_saved_activations(lesson: Lesson, record: Record, place: Place) -> None:
     """What the forward pass keeps for the backward pass."""
     ours, theirs = (
         learning.saved_bytes(learner, lesson.example) / MEBI
-        for learner in (learning.our_learner(lesson.start), learning.plain_learner(lesson.start))
+        for learner in (
+            learning.our_learner(lesson.start, place),
+            learning.plain_learner(lesson.start, place=place),
+        )
     )
     case = f"activations saved by the {lesson.name}"
     record.memory.append(MemoryRow(case=case, peer="upstream", ours=ours, theirs=theirs, unit="MiB"))

@@ -16,6 +16,7 @@ from bench.machine import facts
 from bench.networks import Case
 from bench.parity import PEER_FACTOR, ParityError
 from bench.peers.runtimes import Unavailable, forget, prepare
+from bench.place import DEVICES, Place
 from bench.rows import Labels, Record, SpeedRow
 from bench.subject import Subject
 from bench.timing import Call, fight
@@ -49,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The suites' options."""
     group = parser.getgroup("glide_fast")
     group.addoption("--quick", action="store_true", help="reduced shapes, about a minute in all")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="for the ops; networks: cpu")
+    group.addoption("--device", choices=DEVICES, default="cpu", help="rehearsal: as on a GPU, on the CPU")
     group.addoption("--seconds", type=float, help="for the pairs of one case and peer")
     group.addoption("--rows", type=Path, help="write the rows to this JSON file")
 
@@ -70,7 +71,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each case of a module's ``cases(quick=...)`` and each of its peers."""
     if "contest" not in metafunc.fixturenames:
         return
-    cases: list[Case] = metafunc.module.cases(quick=metafunc.config.getoption("--quick"))
+    place = Place.of(metafunc.config.getoption("--device"))
+    cases: list[Case] = metafunc.module.cases(quick=metafunc.config.getoption("--quick"), place=place)
     pairs = [(case, peer) for case in cases for peer in case.peers]
     names = [f"{case.name} | {peer}" for case, peer in pairs]
     metafunc.parametrize(("contest", "peer"), pairs, indirect=["contest"], ids=names, scope="module")
@@ -80,8 +82,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def record(request: pytest.FixtureRequest) -> Record:
     """The record of the run, with the facts about this machine."""
     record: Record = request.config.stash[RECORD]
-    record.facts = record.facts or dict(facts(request.config.getoption("--device")))
+    place = Place.of(request.config.getoption("--device"))
+    record.facts = record.facts or dict(facts(place.device))
     return record
+
+
+@pytest.fixture(scope="session")
+def place(request: pytest.FixtureRequest) -> Place:
+    """Where the run is made."""
+    return Place.of(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +108,7 @@ def suite(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, record: Record, suite: str) -> Measure:
+def measure(request: pytest.FixtureRequest, record: Record, suite: str, place: Place) -> Measure:
     """Time two calls in pairs and keep the row, in the record and in pytest-benchmark's."""
     quick = request.config.getoption("--quick")
     usual = QUICK_SECONDS if quick else OPS_SECONDS if suite == "ops" else SECONDS
@@ -107,7 +116,8 @@ def measure(request: pytest.FixtureRequest, record: Record, suite: str) -> Measu
 
     def run(labels: Labels, ours: Call, theirs: Call, errors: tuple[float, float]) -> None:
         benchmark: BenchmarkFixture = request.getfixturevalue("benchmark")
-        row = SpeedRow.of(labels, fight(benchmark, ours, theirs, seconds=seconds), errors, record.facts)
+        duel = fight(benchmark, ours, theirs, seconds=seconds, place=place)
+        row = SpeedRow.of(labels, duel, errors, record.facts)
         record.speed.append(row)
         benchmark.group = labels.case
         benchmark.extra_info |= {**asdict(row), **record.facts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ import glide_fast
 from bench.networks import noise, seeded
 from bench.peers.plain import Positional, plain_unet
 from bench.peers.runtimes import Unavailable
+from bench.place import CPU, Place
 from bench.subject import Outputs
 from glide_fast.diffusion import GaussianDiffusion, Schedule
 from glide_fast.diffusion.losses import hybrid_loss
@@ -48,6 +49,10 @@ class Example:
             steps=torch.linspace(20, 980, batch).long(),
             labels=torch.arange(batch),
         )
+
+    def at(self, place: Place) -> Example:
+        """The same where it is measured, in float32."""
+        return Example(**{each.name: getattr(self, each.name).to(place.device) for each in fields(self)})
 
     def double(self) -> Example:
         """The same in float64."""
@@ -98,24 +103,41 @@ def network(config: UNetConfig) -> UNet:
     return made.requires_grad_(True).train()
 
 
-def our_learner(start: UNet) -> Learner:
+def our_learner(start: UNet, place: Place = CPU) -> Learner:
     """Our network, accelerated as a user would."""
-    mine = glide_fast.accelerate(copy.deepcopy(start))
+    mine = glide_fast.accelerate(copy.deepcopy(start).to(place.device))
+    mine.compute_dtype = place.training_dtype
     return Learner(mine, lambda x, t, labels: mine(x, t, labels=labels))
 
 
 def plain_learner(
-    start: UNet, *, dtype: torch.dtype = torch.float32, recompute_attention: bool = True
+    start: UNet,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recompute_attention: bool = True,
+    place: Place = CPU,
 ) -> Learner:
     """The original computation, whose attention computes its activations again in the backward pass."""
-    twin = _twin(start, recompute_attention=recompute_attention).to(dtype)
-    return Learner(twin, twin)
+    twin = _twin(start, recompute_attention=recompute_attention).to(place.device, dtype)
+    return Learner(twin, twin if dtype is torch.float64 else _mixed(twin, place))
 
 
-def compiled_learner(start: UNet) -> Learner:
+def compiled_learner(start: UNet, place: Place = CPU) -> Learner:
     """torch.compile of the original computation; what to compute again is left to the compiler."""
-    twin = _twin(start, recompute_attention=False)
-    return Learner(twin, torch.compile(twin))
+    twin = _twin(start, recompute_attention=False).to(place.device)
+    return Learner(twin, _mixed(torch.compile(twin), place))
+
+
+def _mixed(answer: Callable[..., Tensor], place: Place) -> Callable[..., Tensor]:
+    """The original on a GPU: float32 weights, products in half precision by autocast."""
+    if not place.gpu:
+        return answer
+
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.autocast(place.device, place.training_dtype):
+            return answer(*inputs).float()
+
+    return call
 
 
 def _twin(start: UNet, *, recompute_attention: bool) -> nn.Module:
@@ -123,16 +145,16 @@ def _twin(start: UNet, *, recompute_attention: bool) -> nn.Module:
     return Positional(twin, ("x", "timesteps", "labels")).requires_grad_(True).train()
 
 
-def learner(peer: str, start: UNet) -> Learner:
+def learner(peer: str, start: UNet, place: Place = CPU) -> Learner:
     """The peer's.
 
     Raises:
         Unavailable: the peer does not train.
     """
     if peer == "upstream":
-        return plain_learner(start)
+        return plain_learner(start, place=place)
     if peer == "compile":
-        return compiled_learner(start)
+        return compiled_learner(start, place)
     raise Unavailable("it runs inference alone and trains nothing")
 
 

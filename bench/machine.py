@@ -50,10 +50,39 @@ def facts(device: str = "cpu") -> dict[str, str | int | float]:
             known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             known[package] = "not installed"
-    if device == "cpu":
+    if device == "cuda":
+        peak, probe = gpu_gflops(), "largest float16 product of cuBLAS"
+        known |= {"cuda": str(torch.version.cuda or torch.version.hip), "isa": "CUDA"}
+    else:
         peak, probe = peak_gflops(torch.get_num_threads())
-        known |= {"peak_gflops": peak, "peak_probe": probe, "copy_gbs": copy_gbs()}
-    return known
+    copied = gpu_copy_gbs() if device == "cuda" else copy_gbs()
+    return known | {"peak_gflops": peak, "peak_probe": probe, "copy_gbs": copied}
+
+
+def gpu_gflops(device: str = "cuda", side: int = 8192) -> float:
+    """GFLOP/s of a large float16 product on a GPU."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float16) for _ in range(2))
+    return 2 * side**3 / _gpu_seconds(lambda: a @ b) / 1e9
+
+
+def gpu_copy_gbs(device: str = "cuda", size: int = 4 * _COPY_BYTES) -> float:
+    """What a copy on a GPU reads and writes a second, in GB."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _gpu_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    """The shortest of some calls, between two events."""
+    times = []
+    for _ in range(2 * _REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * float(start.elapsed_time(end)))
+    return min(times)
 
 
 def peak_gflops(threads: int) -> tuple[float, str]:

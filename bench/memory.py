@@ -13,12 +13,13 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.networks import small, text_step
+from bench.networks import TextStep, small, text_step
 from glide_fast.models.presets import preset
 
 SIDES = ("ours", "ours, low memory", "upstream")
@@ -76,14 +77,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = preset(options.model).unet
-    subject = text_step(
-        small(config, size=32) if options.quick else config,
-        BATCH,
-        "full" if options.who == "ours" else "low",
-    )
+    config = small(config, size=32) if options.quick else config
+    run: Callable[[], Any]
+    if options.who == "upstream":
+        subject = text_step(config, BATCH, "low")
+        run, network = subject.plain.call, subject.plain.module
+    else:  # without the twin, whose construction takes memory too
+        step = TextStep(config, BATCH, "full" if options.who == "ours" else "low")
+        run, network = step.ours, step.network
     for _ in range(options.steps):
-        _ = subject.ours() if options.who != "upstream" else subject.plain.call()
-    weights = sum(4 * parameter.numel() for parameter in subject.plain.module.parameters())
+        run()
+    weights = sum(4 * parameter.numel() for parameter in network.parameters())
     peak = peak_bytes()
     print(json.dumps(Peak(peak, weights)._asdict()))
 

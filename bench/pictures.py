@@ -16,6 +16,7 @@ import glide_fast
 from bench.networks import noise
 from bench.peers.plain import Positional, plain_unet
 from bench.peers.runtimes import Function, prepare
+from bench.place import CPU, Place
 from bench.subject import Plain
 from glide_fast.models import LoadedModel, MaskedImage, TextEncoding, UNet
 from glide_fast.sampling.denoiser import PerImageNoise
@@ -42,9 +43,11 @@ class Stand(nn.Module):
         unet, text = network.config, network.config.text
         if text is None:
             raise ValueError("the pipeline's networks have text")
-        x = noise(batch, unet.image_channels, unet.image_size, unet.image_size)
-        inputs: list[Tensor] = [x, torch.full((batch,), 500)]
-        words = torch.zeros(batch, text.context, dtype=torch.int64), torch.ones(batch, text.context).bool()
+        device = next(network.parameters()).device
+        x = noise(batch, unet.image_channels, unet.image_size, unet.image_size).to(device)
+        inputs: list[Tensor] = [x, torch.full((batch,), 500, device=device)]
+        shape = batch, text.context
+        words = torch.zeros(shape, dtype=torch.int64, device=device), torch.ones(shape, device=device).bool()
         if self.once:
             with torch.no_grad():
                 pooled, sequence = self.twin.encode_text(*words)
@@ -54,7 +57,7 @@ class Stand(nn.Module):
         names = ["x", "timesteps", *(["pooled", "sequence"] if self.once else ["tokens", "mask"])]
         if unet.low_res:
             names.append("low_res")
-            inputs.append(noise(batch, 3, unet.image_size // 2, unet.image_size // 2))
+            inputs.append(noise(batch, 3, unet.image_size // 2, unet.image_size // 2).to(device))
         plain = Plain(module=Positional(self.twin, tuple(names)), inputs=tuple(inputs))
         self.function: Function = prepare(peer, plain)
 
@@ -65,6 +68,9 @@ class Stand(nn.Module):
         pooled, sequence = self.twin.encode_text(tokens, mask)
         return TextEncoding(pooled, sequence.permute(0, 2, 1).contiguous())
 
+    def timetable(self, _timesteps: Tensor, *, text: object = None) -> None:
+        """Nothing: the original projects the timestep in every step."""
+
     def forward(
         self,
         x: Tensor,
@@ -73,6 +79,7 @@ class Stand(nn.Module):
         text: tuple[Tensor, Tensor],
         low_res: Tensor | None = None,
         known: MaskedImage | None = None,
+        timetable: None = None,  # noqa: ARG002 (a network of ours is given one)
     ) -> Tensor:
         """As :meth:`glide_fast.models.UNet.forward`, for batches of the size that was prepared."""
         if known is not None:
@@ -81,9 +88,11 @@ class Stand(nn.Module):
         return self.function(*given)[0]
 
 
-def ours() -> TextToImage:
-    """The embedded models, accelerated as a user would."""
+def ours(place: Place = CPU) -> TextToImage:
+    """The embedded models in float32, accelerated as a user would."""
     models = TextToImage.embedded()
+    if place.gpu:
+        models.to(place.device, torch.float32)
     for stage in (models.base, models.upsampler):
         if stage is not None:
             glide_fast.accelerate(stage.network)
@@ -139,7 +148,8 @@ def _step_flops(network: UNet, rows: int) -> float:
     x = noise(rows, unet.image_channels, unet.image_size, unet.image_size)
     pooled, sequence = torch.zeros(rows, 4 * unet.channels), torch.zeros(rows, text.context, text.width)
     names: tuple[str, ...] = ("x", "timesteps", "pooled", "sequence")
-    inputs: tuple[Tensor, ...] = (x, torch.full((rows,), 500), pooled, sequence)
+    device = next(network.parameters()).device
+    inputs = tuple(each.to(device) for each in (x, torch.full((rows,), 500), pooled, sequence))
     if unet.low_res:
-        names, inputs = (*names, "low_res"), (*inputs, x[:, :3, ::2, ::2])
+        names, inputs = (*names, "low_res"), (*inputs, inputs[0][:, :3, ::2, ::2])
     return Plain(module=Positional(plain_unet(network), names), inputs=inputs).flops()

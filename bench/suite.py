@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.parity import FACTOR, require, worst_excess
+from bench.place import Place
 
 Function = Callable[..., Tensor]
 
@@ -32,9 +33,9 @@ class Case:
     backward: bool = False
     layout: Callable[[Tensor], Tensor] = torch.clone
 
-    def leaves(self, device: str, dtype: torch.dtype, layout: Function = torch.clone) -> list[Tensor]:
-        """New inputs on the device."""
-        tensors = (layout(tensor.to(device, dtype)) for tensor in self.inputs())
+    def leaves(self, place: Place, dtype: torch.dtype, layout: Function = torch.clone) -> list[Tensor]:
+        """New inputs at the place, in a dtype."""
+        tensors = (layout(place.put(tensor).to(dtype)) for tensor in self.inputs())
         return [tensor.detach().requires_grad_(self.backward) for tensor in tensors]
 
     def call(self, function: Function, inputs: list[Tensor]) -> list[Tensor]:
@@ -46,13 +47,13 @@ class Case:
         return [output.detach(), *torch.autograd.grad(output, inputs, output.detach())]
 
 
-def gate(case: Case, device: str) -> float:
+def gate(case: Case, place: Place) -> float:
     """The largest error of ours against the peer's formula in float64, as a part of what is allowed.
 
     Raises:
         ParityError: the part is above 1.
     """
-    exact = case.call(case.peer, case.leaves(device, torch.float64))
-    peer = case.call(case.peer, case.leaves(device, torch.float32))
-    ours = case.call(case.ours, case.leaves(device, torch.float32, case.layout))
+    exact = case.call(case.peer, case.leaves(place, torch.float64))
+    peer = case.call(case.peer, case.leaves(place, place.dtype))
+    ours = case.call(case.ours, case.leaves(place, place.dtype, case.layout))
     return require(case.name, "ours", worst_excess(ours, peer, exact, factor=FACTOR))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.machine import peak_of_call
+from bench.place import CPU, Clock, Place
 
 Call = Callable[[], object]
 MIN_PAIRS, MAX_PAIRS = 5, 500
@@ -51,10 +51,15 @@ class Duel:
         return [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
 
 
-def fight(benchmark: BenchmarkFixture, ours: Call, peer: Call, *, seconds: float) -> Duel:
-    """Time pairs of calls for about ``seconds``, at least five pairs; each is called twice before."""
-    memory = [peak_of_call(call) for call in (ours, peer)]
-    warm = [_seconds_of(call, 1) for call in (ours, peer)]
+def fight(benchmark: BenchmarkFixture, ours: Call, peer: Call, *, seconds: float, place: Place = CPU) -> Duel:
+    """Time pairs of calls for about ``seconds``, at least five pairs; each is called twice before.
+
+    Both are timed by the place's clock: on a GPU that is the time between events before and after.
+    """
+    memory = [place.peak(call) for call in (ours, peer)]
+    clock = place.clock()
+    benchmark._timer = clock  # its own is for the host
+    warm = [_seconds_of(call, 1, clock) for call in (ours, peer)]
     repeats = max(1, round(SAMPLE_SECONDS / min(warm)))
     pause = PAUSE_SECONDS if min(warm) > PAUSE_ABOVE else 0.0
     rounds = min(MAX_PAIRS, max(MIN_PAIRS, int(seconds / (repeats * sum(warm)))))
@@ -63,7 +68,7 @@ def fight(benchmark: BenchmarkFixture, ours: Call, peer: Call, *, seconds: float
 
     def measure_peer() -> None:
         time.sleep(pause)
-        peers_times.append(_seconds_of(peer, repeats))
+        peers_times.append(_seconds_of(peer, repeats, clock))
 
     def before() -> None:
         if finished % 2 == 0:
@@ -91,8 +96,8 @@ def fight(benchmark: BenchmarkFixture, ours: Call, peer: Call, *, seconds: float
     return Duel(ours=times, peer=peers_times, ours_memory=memory[0], peer_memory=memory[1])
 
 
-def _seconds_of(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
+def _seconds_of(call: Call, repeats: int, clock: Clock) -> float:
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats

@@ -9,7 +9,8 @@ and not counted, which flatters what runs in [B, C, H, W].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def launches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     name = func._schema.name.removeprefix("aten::")
     special = SPECIAL.get(name)
     if special is not None:
-        kernels = list(special(args, out))
-        return [Launch(*each, further=index > 0) for index, each in enumerate(_named(kernels, name))]
+        kernels = [Launch(kernel, name, *rest) for kernel, *rest in special(args, out)]
+        return [*kernels[:1], *(replace(each, further=True) for each in kernels[1:])]
     if name.startswith(("_foreach_", "_fused_")):
         return [Launch(name, name, bytes_) for bytes_ in _lists(args, name)]
     written = _written(func, args, kwargs) or outputs
@@ -72,10 +73,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 Kernels = Iterator[
     tuple[Any, ...]
 ]  # name, bytes, then FLOPs and whether of 16-bit operands; the main one first
-
-
-def _named(kernels: Iterable[tuple[Any, ...]], op: str) -> Iterator[tuple[Any, ...]]:
-    return ((kernel, op, *rest) for kernel, *rest in kernels)
 
 
 def _copy(args: tuple[Any, ...], _out: Any) -> Kernels:

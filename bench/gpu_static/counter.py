@@ -87,8 +87,10 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stated = getattr(sys.modules.get(jit.fn.__module__), "WORK", {}).get(name)
         tensors = [getattr(each, "base", each) for each in arguments.values()]
         tensors = [each for each in tensors if isinstance(each, Tensor)]
-        work = stated(arguments) if stated else (moved(tensors), 0)
-        self.launches.append(Launch(name, "triton", *work, is_half(tensors)))
+        bytes_, flops = stated(arguments) if stated else (moved(tensors), 0)
+        # What adds a bias alone belongs to the convolution's call, as the kernel of PyTorch that does so.
+        further = jit.fn.__module__.endswith("convolution_sum") and not arguments["RESIDUAL"]
+        self.launches.append(Launch(name, "triton", bytes_, flops, is_half(tensors), further))
 
 
 @contextmanager

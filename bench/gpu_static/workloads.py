@@ -229,7 +229,8 @@ def upstream_training(config: UNetConfig, batch: int) -> Build:
             network = halved(PlainUNet(config), _but_norms).requires_grad_(True).train()
 
             def answer(x: Tensor, timesteps: Tensor, **given: Tensor) -> Tensor:
-                return network(x.half(), timesteps, **given).float()
+                output: Tensor = network(x.half(), timesteps, **given)
+                return output.float()
 
             lesson = _Lesson(config, batch, answer)
         groups = get_param_groups_and_shapes(network.named_parameters())

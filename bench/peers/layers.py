@@ -100,6 +100,13 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return attended
 
 
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same by scaled_dot_product_attention, which chooses among its back ends as it is told."""
+    query, key, value = (each.transpose(1, 2)[:, None].contiguous() for each in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, scale=scale**2)
+    return attended[:, 0].transpose(1, 2)
+
+
 class PlainAttention(nn.Module):
     """Pixels attend to the text, concatenated in front, and to each other.
 
@@ -118,6 +125,7 @@ class PlainAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.order, self.recompute = heads, order, recompute
+        self.attend = softmax_attention
         self.norm = GroupNorm32(norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         if text_channels is not None:
@@ -137,7 +145,7 @@ class PlainAttention(nn.Module):
         if text is not None:
             text_key, text_value = self._heads(self.encoder_kv(text), 2)
             key, value = torch.cat([text_key, key], dim=-1), torch.cat([text_value, value], dim=-1)
-        attended = softmax_attention(query, key, value, (channels // self.heads) ** -0.25)
+        attended = self.attend(query, key, value, (channels // self.heads) ** -0.25)
         h: Tensor = self.proj_out(attended.reshape(batch, channels, -1))
         return (x + h).reshape(batch, channels, *space)
 

@@ -1,11 +1,15 @@
 """Who else computes the plain networks: eager PyTorch, torch.compile, OpenVINO, ONNX Runtime.
 
-Each takes a plain network with example inputs and gives a function of such inputs. All use as many threads as
-torch, and float32 throughout. What they export or compile goes to temporary folders.
+Each takes a plain network with example inputs and gives a function of such inputs. On the CPU all use as many
+threads as torch, and float32 throughout; on a GPU eager PyTorch also gets the attention of each of its back
+ends, and the compiler tunes its kernels and replays CUDA graphs. What they export or compile goes to
+temporary folders.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.peers.layers import PlainAttention, fused_attention
 from bench.subject import Outputs, Plain, answer
 
 Function: TypeAlias = Callable[..., Outputs]
@@ -44,6 +50,36 @@ def compiled(plain: Plain) -> Function:
         return lambda *inputs: answer(function, inputs, gradient=True)
     with settings.patch(freezing=True):
         call(*plain.inputs)
+    return call
+
+
+def compiled_for_gpu(plain: Plain) -> Function:
+    """torch.compile with tuned kernels and CUDA graphs, whose memory is used again: results are copied."""
+    function = torch.compile(plain.module, mode="max-autotune" if plain.inputs[0].is_cuda else "default")
+
+    def call(*inputs: Tensor) -> Outputs:
+        guard = torch.enable_grad if plain.gradient else torch.no_grad
+        with torch.inference_mode(mode=False), guard():
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            outputs = answer(function, inputs, gradient=plain.gradient, guard=torch.no_grad)
+            return tuple(each.clone() for each in outputs)
+
+    return call
+
+
+def with_sdpa(plain: Plain, backend: SDPBackend) -> Function:
+    """Eager PyTorch whose attention is that of a back end of scaled_dot_product_attention."""
+    module = copy.deepcopy(plain.module)
+    changed = [each for each in module.modules() if isinstance(each, PlainAttention)]
+    if not changed:
+        raise Unavailable("it has no attention of the U-Net's kind")
+    for each in changed:
+        each.attend = fused_attention
+
+    def call(*inputs: Tensor) -> Outputs:
+        with sdpa_kernel(backend):
+            return answer(module, inputs, gradient=plain.gradient)
+
     return call
 
 
@@ -102,10 +138,18 @@ def onnx_runtime(plain: Plain) -> Function:
     return call
 
 
+_BACKENDS = {
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+SDPA = tuple(_BACKENDS)
 PEERS: dict[str, Callable[[Plain], Function]] = {
     "upstream": eager,
     "upstream, text once": eager,
     "compile": compiled,
+    "compile, CUDA graphs": compiled_for_gpu,
+    **{name: functools.partial(with_sdpa, backend=backend) for name, backend in _BACKENDS.items()},
     "openvino": openvino,
     "onnxruntime": onnx_runtime,
 }

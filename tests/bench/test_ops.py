@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench import blocks, ops
 from bench.parity import ParityError, excess
+from bench.place import CPU
 from bench.suite import Case, gate
 
 SMALLEST = ops.norm_case(32, 4)
@@ -47,7 +48,7 @@ def test_the_cases_are_the_maps_of_glide_base() -> None:
     ids=lambda case: case.name,
 )
 def test_the_gate_is_green_for_what_is_right(case: Case) -> None:
-    assert 0 < gate(case, "cpu") <= 1
+    assert 0 < gate(case, CPU) <= 1
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -56,16 +57,16 @@ def test_a_wrong_implementation_makes_the_gate_red(backward: bool) -> None:
     with pytest.raises(
         ParityError, match=r"GroupNorm FiLM SiLU 32x4x4: the error of ours is .* nothing is timed"
     ):
-        gate(case, "cpu")
+        gate(case, CPU)
 
 
 def test_a_wrong_gradient_makes_the_gate_red_though_the_output_is_right() -> None:
     def detached(x: Tensor, weight: Tensor, bias: Tensor, film: Tensor) -> Tensor:
         return SMALLEST.peer(x, weight, bias.detach() + 0 * bias, film)
 
-    gate(replace(SMALLEST, ours=detached), "cpu")
+    gate(replace(SMALLEST, ours=detached), CPU)
     with pytest.raises(ParityError):
-        gate(replace(SMALLEST, ours=detached, backward=True), "cpu")
+        gate(replace(SMALLEST, ours=detached, backward=True), CPU)
 
 
 def test_nan_makes_the_gate_red() -> None:

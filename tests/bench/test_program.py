@@ -43,8 +43,8 @@ def test_a_red_gate_fails_the_run_and_gives_no_number(tmp_path: Path) -> None:
     suite.write_text(
         "from dataclasses import replace\n"
         "from bench.blocks import cases as right\n"
-        "def cases(*, quick):\n"
-        "    case = right(quick=quick)[0]\n"
+        "def cases(*, quick, place):\n"
+        "    case = right(quick=quick, place=place)[0]\n"
         "    def build():\n"
         "        subject = case.build()\n"
         "        return replace(subject, ours=lambda: (1.01 * subject.ours()[0],))\n"
