@@ -40,7 +40,7 @@ def examine() -> str:
         lines += [f"  {name:<14} {fact}" for name, fact in facts.items()]
     lines.append("ops, by device")
     for row in ops.implementations():
-        lines.append(f"  {row.device:<5} {row.op:<20} {row.name:<20} {row.reason}")
+        lines.append(f"  {row.device:<5} {row.op:<26} {row.name:<20} {row.reason}")
     return "\n".join(lines)
 
 
