@@ -202,14 +202,14 @@ def cases(target: str) -> Iterator[Case]:
     """What is compiled to be measured: the models' tokens, in 16 bits, with float32 parameters."""
     for rows, channels in CASES:
         x = torch.empty(rows, channels, dtype=torch.float16, device="meta")
-        parameters = torch.empty(4, channels, device="meta").unbind()
-        statistics = torch.empty(2, rows, device="meta").unbind()
+        weight, bias = torch.empty(2, channels, device="meta")
+        mean, rstd = torch.empty(2, rows, device="meta")
         name = f"{rows}x{channels}"
         forward = configurations.choose("layer_norm", target, 16, channels)
-        launched = _forward(x, *parameters[:2], 1e-5, x, *statistics, forward)
+        launched = _forward(x, weight, bias, 1e-5, x, mean, rstd, forward)
         yield launched.case(f"layer_norm forward {name}")
         configuration = configurations.choose("layer_norm_backward", target, 16, channels)
-        backward = _backward(x, x, parameters[0], *statistics, (x, *parameters[2:]), configuration)
+        backward = _backward(x, x, weight, mean, rstd, (x, weight, bias), configuration)
         yield from (
             each.case(f"layer_norm {part} {name}")
             for each, part in zip(backward, ("backward", "parameters"), strict=True)

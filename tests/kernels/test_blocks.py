@@ -16,11 +16,13 @@ from tests.kernels.interpreter import DEVICE, use_kernels
 
 
 def filled(module: nn.Module) -> nn.Module:
-    """The module on the device, with no parameter left at zero."""
+    """The module on the device, with random parameters: matrices of variance 1/fan-in, vectors around 0.5."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            values = torch.randn(parameter.shape, generator=generator)
+            matrix = parameter.ndim > 1
+            parameter.copy_(values * parameter[0].numel() ** -0.5 if matrix else 0.5 + 0.1 * values)
     return module.to(DEVICE)
 
 
