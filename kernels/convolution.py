@@ -9,7 +9,7 @@ PyTorch's channels-last parameters lie, [K, 3, 3, C]. The tile's product is kept
 pixels, because the second factor of a tensor core's product may be a reshaped tile in shared memory and the
 first may not.
 
-Maps with few tiles are cut along the sum, whose parts `product.sum_kernel` adds in order. The gradient of x
+Maps with few tiles are cut along the sum, whose parts `product.parts_kernel` adds in order. The gradient of x
 is the same convolution with the kernel turned by half a turn and its channels exchanged; that of the weight
 is cuDNN's.
 
@@ -144,8 +144,10 @@ def convolve(
         bias = launch.dense_last(bias)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    output = product.empty((*x.shape[:3], channels), x)
-    ending = Ending(output, bias, residual, moments=not turned and moments.pay(x.shape[1] * x.shape[2]))
+    batch, height, width, _ = x.shape
+    output = moments.empty((batch, channels, height, width), x, torch.channels_last)
+    tokens = output.permute(0, 2, 3, 1)
+    ending = Ending(tokens, bias, residual, moments=not turned and moments.pay(height * width))
     if output.numel():
 
         def run(configuration: Configuration) -> Moments | None:
@@ -153,10 +155,10 @@ def convolve(
             start(launches)
             return left
 
-        shape_class = product.shape_class(output.numel() // channels, channels)
+        shape_class = product.shape_class(batch * height * width, channels)
         bits = 8 * x.element_size()
         moments.remember(output, configurations.run("convolution", x.device, bits, shape_class, run))
-    return output.permute(0, 3, 1, 2)
+    return output
 
 
 def plan(

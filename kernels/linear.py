@@ -2,15 +2,16 @@
 
     y = activation([x, second] weight^T + bias) + residual
 
-Rows are the pixels of one map of height one. Tiles come by descriptors where there are any, else by
-pointers. As in a convolution, the tile's product is kept transposed, channels by rows. Gradients are products
-without an epilogue, which cuBLAS computes.
+Rows are the pixels of maps of height one, whose moments are left for the norm behind a large one. Tiles come
+by descriptors where there are any, else by pointers. As in a convolution, the tile's product is kept
+transposed, channels by rows. Gradients are products without an epilogue, which cuBLAS computes.
 
 FLOP: 2 · rows · (C + S) · K. Bytes at least: inputs, weight, residual and output once.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glide_fast.kernels import configurations, launch, product
+from glide_fast.kernels import configurations, launch, moments, product
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.plan import start
-from glide_fast.kernels.product import Ending, Plan, Tiles, finish, share, store_part
+from glide_fast.kernels.product import Ending, Moments, Plan, Tiles, finish, share, store_part
 from glide_fast.ops import chosen, dispatch
 
 FEWEST_ROWS = 64  # half a tile; below, a product is read from memory alone, and cuBLAS is better at that
@@ -87,7 +88,7 @@ def linear_kernel(
     parts,  # [splits, rows, K] float32, where SPLIT
     batch,
     height,
-    width,  # the rows: they are one picture's
+    width,  # a picture's rows: a multiple of the tile's, or all there are
     depth,  # C
     second_depth,  # S
     channels,  # K
@@ -112,7 +113,7 @@ def linear_kernel(
     """One tile of rows by CHANNELS, or one split of its sum."""
     tile, first_channel, split = share(batch, channels, tiles_high * tiles_wide, PICTURES, CHANNELS)
     row = tile * COLUMNS
-    whole = depth + second_depth
+    rows, whole = batch * width, depth + second_depth
     steps = tl.cdiv(depth, DEPTH)
     first, last = 0, steps
     if SPLIT:
@@ -120,7 +121,7 @@ def linear_kernel(
     y = tl.zeros((CHANNELS, COLUMNS), tl.float32)
     for step in range(first, last):
         start = step * DEPTH
-        a = load_rows(x, row, start, width, depth, DESCRIPTORS, COLUMNS, DEPTH)
+        a = load_rows(x, row, start, rows, depth, DESCRIPTORS, COLUMNS, DEPTH)
         b = load_weight(weight, first_channel, start, depth, channels, whole, DESCRIPTORS, CHANNELS, DEPTH)
         y = tl.dot(b, a.T, y, input_precision=PRECISION)
     if SECOND:
@@ -130,7 +131,7 @@ def linear_kernel(
             first, last = steps * split // splits, steps * (split + 1) // splits
         for step in range(first, last):
             start = step * DEPTH
-            a = load_rows(second, row, start, width, second_depth, DESCRIPTORS, COLUMNS, DEPTH)
+            a = load_rows(second, row, start, rows, second_depth, DESCRIPTORS, COLUMNS, DEPTH)
             b = load_weight(
                 weight, first_channel, depth + start, whole, channels, whole, DESCRIPTORS, CHANNELS, DEPTH
             )
@@ -181,25 +182,29 @@ def multiply(
     residual: Tensor | None,  # [..., K]
     kind: int = 0,
 ) -> Tensor:
-    """activation([x, second] weight^T + bias) + residual."""
+    """activation([x, second] weight^T + bias) + residual; moments of large maps [B, T, K] are remembered."""
     channels = len(weight)
-    output = x.new_empty((*x.shape[:-1], channels))
+    output = moments.empty((*x.shape[:-1], channels), x, torch.contiguous_format)
     if not output.numel():
         return output
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     others = None if second is None else second.reshape(len(rows), -1).contiguous()
-    shape = 1, 1, len(rows), channels
+    maps = x.ndim == 3 and moments.pay(x.shape[1])
+    shape = (len(x) if maps else 1, 1, x.shape[1] if maps else len(rows), channels)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.reshape(shape).contiguous()
-    ending = Ending(output.view(shape), bias, residual, activation=kind)
+    ending = Ending(output.view(shape), bias, residual, activation=kind, moments=maps)
     matrix = weight.flatten(1).contiguous()
 
-    def run(configuration: Configuration) -> None:
+    def run(configuration: Configuration) -> Moments | None:
         architecture = launch.architecture(x.device)
-        start(plan(rows, others, matrix, ending, configuration, architecture).launches)
+        launches, left = plan(rows, others, matrix, ending, configuration, architecture)
+        start(launches)
+        return left
 
     shape_class = product.shape_class(len(rows), channels)
-    configurations.run("linear", x.device, 8 * x.element_size(), shape_class, run)
+    left = configurations.run("linear", x.device, 8 * x.element_size(), shape_class, run)
+    moments.remember(output, left)
     return output
 
 
@@ -214,7 +219,11 @@ def plan(
     """The launches of a linear layer."""
     rows, depth = x.shape
     second_depth = 0 if second is None else second.shape[-1]
-    tiles = Tiles(1, 1, rows, pictures=1, rows=1, columns=configuration.rows)
+    batch, _, width, _ = ending.output.shape
+    if width % configuration.rows:  # tiles would reach from one picture into the next
+        ending = replace(ending, output=ending.output.view(1, 1, rows, -1), moments=False)
+        batch, width = 1, rows
+    tiles = Tiles(batch, 1, width, pictures=1, rows=1, columns=configuration.rows)
     block = product.block_depth(x)
     descriptors = launch.number(architecture) >= 90 and launch.takes_descriptors(x, second, weight)
     factors: dict[str, Any] = {"x": x, "second": x if second is None else second, "weight": weight}
@@ -259,7 +268,7 @@ def _cases(target: str, kind: str, rows: int, depth: int, second_depth: int, cha
 
     x, second = empty(rows, depth), empty(rows, second_depth) if second_depth else None
     output = empty(1, 1, rows, channels)
-    ending = Ending(output, empty(channels), output, activation=int(depth == 512))
+    ending = Ending(output, empty(channels), output, activation=int(depth == 512), moments=second is not None)
     shape_class = product.shape_class(rows, channels)
     cut = configurations.choose("linear", target, 8 * dtype.itemsize, shape_class)
     launches = plan(x, second, empty(channels, depth + second_depth), ending, cut, target).launches

@@ -1,6 +1,6 @@
 """The statistics that a product left of its output, kept until the next GroupNorm asks for them.
 
-A convolution by our kernel leaves, beside its output, the moments of each
+A product by our kernels leaves, beside its output, the moments of each
 channel over each tile of pixels: the norm behind it then reads some numbers a tile in place of the whole
 map, and models need not know. Moments are kept beside the very tensor that they are of, die with it, and
 count only while it is as it was: an operation in place raises its version, and they are forgotten. Outputs
@@ -34,16 +34,22 @@ def pay(pixels: int) -> bool:
     return pixels >= FEWEST_PIXELS
 
 
+def empty(shape: tuple[int, ...], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A result's memory. It counts its versions in inference mode too, so that its moments can be trusted."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
 def remember(output: Tensor, moments: Moments | None) -> None:
-    """Keep the moments of a tensor [B, H, W, K] that nobody has changed yet."""
+    """Keep the moments of a map [B, K, H, W] or [B, T, K] that nobody has changed yet."""
     if moments is not None:
         _remembered[output] = output._version, moments
 
 
 def recall(x: Tensor) -> Moments | None:
     """The moments of a map [B, C, *space], itself or a view of what a product wrote, if they still hold."""
-    whole = x if x._base is None else x._base
-    if not _remembered or whole.is_inference() or whole not in _remembered:
+    whole = x if x in _remembered or x._base is None else x._base
+    if whole not in _remembered:
         return None
     version, moments = _remembered[whole]
     same = (
@@ -127,7 +133,7 @@ def statistics(x: Tensor, skip: Tensor | None, groups: int, eps: float) -> Stati
     """
     own = recall(x)
     other = None if skip is None or own is None else recall(skip)
-    if own is None or (skip is not None and (other is None or other.tiles != own.tiles)):
+    if own is None or (skip is not None and (other is None or other.tiles.sizes != own.tiles.sizes)):
         return None
     result = Statistics.empty(x, groups)
     configuration = configurations.choose("moments", launch.architecture(x.device), 32)

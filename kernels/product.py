@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Blocks that give each multiprocessor of a large GPU one; a product of fewer is split along its sum.
 _BLOCKS = 132
 _NARROW, _WIDE = 64, 128
-_MOST_SPLITS = 16
+_MOST_SPLITS = 8
 _FEWEST_STEPS = 8  # of the sum in one split
 
 
@@ -59,6 +59,13 @@ class Tiles:
     def count(self) -> int:
         """Tiles of the batch."""
         return -(-self.batch // self.pictures) * self.each
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The pixels of each tile of a picture, in order."""
+        high = [min(self.rows, self.height - start) for start in range(0, self.height, self.rows)]
+        wide = [min(self.columns, self.width - start) for start in range(0, self.width, self.columns)]
+        return tuple(rows * columns for rows in high for columns in wide)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,12 +116,6 @@ def precision(architecture: str, allow_tf32: bool) -> str:
     if launch.number(architecture) == 0:
         return "ieee"
     return "tf32" if allow_tf32 else "tf32x3"
-
-
-def empty(shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """A result's memory. It counts its versions in inference mode too, so that its moments can be trusted."""
-    with torch.inference_mode(False):
-        return x.new_empty(shape)
 
 
 @triton.jit
@@ -245,7 +246,7 @@ def store_part(
 
 # Bytes: 4 · splits · pixels · K read, the output and the residual once. It runs where maps are small.
 @triton.jit
-def sum_kernel(
+def parts_kernel(
     parts,  # [splits, B, H, W, K] float32
     bias,
     residual,
@@ -334,7 +335,7 @@ class Ending:
             "tiles_high": tiles.high,
             "tiles_wide": tiles.wide,
             "BIAS": 0 if bias is None else bias.ndim,
-            "RESIDUAL": 0 if residual is None else 1 if residual.shape == output.shape else 2,
+            "RESIDUAL": 0 if residual is None else 1 if residual.numel() == output.numel() else 2,
             "ACTIVATION": self.activation,
             "MOMENTS": moments is not None,
             "PICTURES": tiles.pictures,
@@ -388,4 +389,4 @@ def plan(
     moments = ending.moments_of(tiles)
     arguments = {**ending.arguments(tiles, moments, adding), "parts": parts, "splits": count}
     blocks = tiles.count * -(-output.shape[-1] // adding.columns)
-    return Plan((first, Launch(sum_kernel, blocks, arguments, adding)), moments)
+    return Plan((first, Launch(parts_kernel, blocks, arguments, adding)), moments)

@@ -64,7 +64,7 @@ def accelerate(model: Model, *, memory: Memory = "full", conv: Products = "libra
     On a GPU, ``conv="triton"`` has our Triton kernels compute 3x3 convolutions and linear layers, with what
     follows them and the statistics of the next norm in one launch; with "library" cuDNN and cuBLAS compute
     them. For it, 3x3 weights are laid out channels-last, as ``model.to(memory_format=torch.channels_last)``
-    does, until :func:`restore`.
+    does, until :func:`restore`; safetensors' own ``save_file`` wants them restored.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

@@ -188,10 +188,10 @@ def test_what_the_kernels_do_not_cover_goes_to_the_default() -> None:
 @pytest.mark.parametrize("target", ["sm_90", "sm_80"])
 def test_it_compiles_without_spills_to_tensor_cores(target: str) -> None:
     rows = compiled("convolution", target)
-    assert any(row["name"].endswith("sum_kernel") for row in rows)
+    assert any(row["name"].endswith("parts_kernel") for row in rows)
     for row in rows:
         assert row["spills"] == 0, row
-        if row["name"].endswith("sum_kernel"):
+        if row["name"].endswith("parts_kernel"):
             continue
         assert row["tensor_core"] > 0, row
         assert row["blocks"] >= (1 if "fp32" in row["name"] else 2), row

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.kernels import linear
+from glide_fast.kernels import linear, moments
 from glide_fast.ops import chosen, reference
 from tests.kernels import interpreter
-from tests.kernels.products import PATHS, TOLERANCES, compiled, error, poisoned, take_path
+from tests.kernels.products import PATHS, TOLERANCES, compiled, error, exact_statistics, poisoned, take_path
 
 pytestmark = pytest.mark.usefixtures("poison")
 poison = pytest.fixture(poisoned)
@@ -64,6 +64,24 @@ def test_values_are_exact(
     assert error(y, exact(*arguments)) <= TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize(("pixels", "leaves"), [((8, 16), True), ((8, 17), False)])
+def test_large_maps_leave_their_moments(
+    pixels: tuple[int, int], leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tiles do not reach from one picture into the next."""
+    monkeypatch.setattr(moments, "FEWEST_PIXELS", 1)
+    arguments = draw((3, pixels[0] * pixels[1], 16), 8, 24, 0, True, torch.float16)
+    with torch.inference_mode():
+        y = linear.multiply(*arguments)
+        pictures = y.transpose(1, 2).unflatten(2, pixels)
+        kept = moments.statistics(pictures, None, 4, 1e-5)
+    assert error(y, exact(*arguments)) <= TOLERANCES[torch.float16]
+    assert (kept is not None) is leaves
+    if kept is not None:
+        for value, right in zip((kept.mean, kept.rstd), exact_statistics(pictures, 4, 1e-5), strict=True):
+            assert error(value, right) <= 2e-6
+
+
 def test_strides_are_the_callers_business() -> None:
     x, _, weight, bias, residual, kind = draw((2, 40, 16), 0, 24, 0, True, torch.float32)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -95,10 +113,10 @@ def test_the_kernel_serves_where_it_was_chosen_and_pays(
 
 def test_it_compiles_without_spills_to_tensor_cores() -> None:
     rows = compiled("linear", "sm_90")
-    assert any(row["name"].endswith("sum_kernel") for row in rows)
+    assert any(row["name"].endswith("parts_kernel") for row in rows)
     for row in rows:
         assert row["spills"] == 0, row
-        if row["name"].endswith("sum_kernel"):
+        if row["name"].endswith("parts_kernel"):
             continue
         assert row["tensor_core"] > 0, row
         assert row["blocks"] >= 2, row

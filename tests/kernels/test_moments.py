@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_one_map_without_moments_is_enough_to_read_both() -> None:
     x = convolved(16)
     assert moments.statistics(x, x + 1, 4, EPS) is None
     assert moments.statistics(x, convolved(8, side=12, batch=2), 4, EPS) is not None
+
+
+def test_maps_that_were_cut_differently_are_read() -> None:
+    x, skip = convolved(16), convolved(8)
+    version, kept = moments._remembered[skip]
+    moments._remembered[skip] = version, replace(kept, tiles=replace(kept.tiles, rows=2, columns=4))
+    assert moments.statistics(x, skip, 4, EPS) is None
 
 
 def test_moments_end_with_their_map() -> None:
