@@ -26,7 +26,7 @@ def work(counts: Sequence[Count], path: Path) -> bool:
 
     steps = list(dict.fromkeys(count.step for count, _ in pairs))
     figure = Figure(figsize=(WIDTH, 1.2 + 0.9 * len(steps)), layout="constrained")
-    titles = ("kernels (counted)", "bytes (counted)", "time in a graph, H100 (predicted)")
+    titles = ("kernels\n(counted)", "bytes\n(counted)", "time in a CUDA graph\n(predicted, H100)")
     for axes, title, part in zip(figure.subplots(1, 3, sharey=True), titles, range(3), strict=True):
         for index, side in enumerate(SIDES):
             mine = [
@@ -52,10 +52,10 @@ def work(counts: Sequence[Count], path: Path) -> bool:
         [handles[index] for index in used],
         [labels[index] for index in used],
         loc="outside lower center",
+        title="shares of the original's",
         ncols=3,
         frameon=False,
     )
-    figure.supxlabel("shares of the original's", fontsize=9)
     _save(figure, path)
     return True
 

@@ -89,7 +89,7 @@ def text(findings: Findings) -> str:
         parts += [_heading("Time of a step on an H100", "predicted"), PREDICTED, _times(findings.counts)]
         parts += [_heading("What a step of ours launches", "counted"), *_operators(findings.counts)]
     if findings.resources:
-        parts += [_heading("What kernels need", "compiled"), COMPILED, _resources(findings.resources)]
+        parts += [_heading("What kernels need", "compiled"), COMPILED, *_resources(findings.resources)]
     if findings.numerics:
         parts += [
             _heading("Errors of the kernels' code", "interpreted"),
@@ -164,8 +164,14 @@ def _operators(counts: Iterable[Count]) -> Iterable[str]:
             yield f"<details><summary>{count.step}</summary>\n\n{table}\n\n</details>"
 
 
-def _resources(rows: Iterable[dict[str, Any]]) -> str:
-    return markdown(_RESOURCE_HEAD, map(_resource_row, rows))
+def _resources(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """A table for each family of kernels."""
+    for module in dict.fromkeys(row["module"] for row in rows):
+        mine = [row for row in rows if row["module"] == module]
+        spilling = sum(row["spills"] > 0 for row in mine)
+        words = f"{module}: {len(mine)} kernels and targets, {spilling or 'none'} with spills"
+        table = markdown(_RESOURCE_HEAD, map(_resource_row, mine))
+        yield f"<details><summary>{words}</summary>\n\n{table}\n\n</details>"
 
 
 def _resource_row(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import glide_fast.kernels
 
 PROCESSES = 2
-SECONDS = 240  # for one module and target
+SECONDS = 900  # for one module and target
 Row = dict[str, Any]
 
 

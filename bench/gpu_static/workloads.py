@@ -268,7 +268,7 @@ def workloads() -> list[Workload]:
             most_bytes=1.6e9,
         ),
         Workload(
-            name="base 64 px, batch 2, the original encoding its text in each step",
+            name="base 64 px, batch 2, the original's text in each step",
             ours=our_step(base, 2),
             upstream=upstream_step(base, 2, text_once=False),
         ),
