@@ -35,10 +35,19 @@ struct Attention {
     int64_t query_blocks() const { return divide_up(queries, block_queries); }
 };
 
+struct AttentionGradient {
+    Attention forward;             // its packed panels are not used
+    AttentionTensor output, grad;  // of the forward pass, and the gradient of it
+    float *query, *key, *value;    // gradients [B, T, N, D]
+    float *text_key, *text_value;  // [B, S, N, D]
+};
+
 struct AttentionKernels {
     int64_t (*scratch)(const Attention&);
     void (*pack)(const Attention&, int64_t begin, int64_t end);  // tasks: key panels of heads
     void (*attend)(const Attention&, int64_t begin, int64_t end, float* scratch);  // query blocks of heads
+    int64_t (*gradient_scratch)(const AttentionGradient&);
+    void (*differentiate)(const AttentionGradient&, int64_t begin, int64_t end, float* scratch);  // heads
 };
 
 }  // namespace glide_fast

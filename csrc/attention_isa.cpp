@@ -2,6 +2,8 @@
 // softmax; Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
 #include "attention.h"
 
+#include "attention_gradient.h"
+#include "attention_panels.h"
 #include "group_norm_math.h"
 #include "product.h"
 
@@ -10,33 +12,17 @@ namespace {
 using glide_fast::Attention;
 using glide_fast::AttentionTensor;
 
-constexpr int64_t BLOCK_KEYS = 256;  // whose scores are in memory at a time
 constexpr float LOWEST = -3.0e38f;
 
 int64_t scratch(const Attention& problem) {
     return problem.block_queries * (BLOCK_KEYS + problem.padded_dim() + LANES + 1);
 }
 
-inline void copy_column(const float* source, int64_t dim, float* target) {
-    for (int64_t d = 0; d < dim; ++d) target[d * PANEL] = source[d];
-}
-
-// A token's row of `dim` values into each of their panels, zeros behind it.
-inline void copy_row(const Attention& problem, const float* source, int64_t dim, float* target) {
-    for (int64_t part = 0; part < problem.padded_dim(); part += LANES) {
-        const int64_t lanes = dim - part < LANES ? dim - part : LANES;
-        float* line = target + part / PANEL * problem.padded_keys() * PANEL + part % PANEL;
-        if (lanes == LANES)
-            store(line, load(source + part));
-        else
-            store(line, lanes > 0 ? load_first(source + part, lanes) : Vector{});
-    }
-}
-
 void pack_panel(const Attention& problem, int64_t picture, int64_t head, int64_t panel) {
     const int64_t index = picture * problem.heads + head - problem.first_packed, dim = problem.dim;
     float* keys = problem.packed_keys + (index * problem.key_panels() + panel) * dim * PANEL;
     float* values = problem.packed_values + index * problem.padded_keys() * problem.padded_dim();
+    const int64_t width = problem.padded_dim(), stride = problem.padded_keys() * PANEL;
     for (int64_t column = 0; column < PANEL; ++column) {
         const int64_t number = panel * PANEL + column;
         const bool is_text = number < problem.text;
@@ -44,11 +30,11 @@ void pack_panel(const Attention& problem, int64_t picture, int64_t head, int64_t
         if (number < problem.keys()) {
             copy_column((is_text ? problem.text_key : problem.key).at(picture, token, head), dim,
                         keys + column);
-            copy_row(problem, (is_text ? problem.text_value : problem.value).at(picture, token, head), dim,
-                     values + number * PANEL);
+            copy_row((is_text ? problem.text_value : problem.value).at(picture, token, head), dim, width,
+                     stride, values + number * PANEL);
         } else {
-            for (int64_t d = 0; d < dim; ++d) keys[d * PANEL + column] = 0.0f;
-            copy_row(problem, nullptr, 0, values + number * PANEL);
+            clear_column(dim, keys + column);
+            copy_row(nullptr, 0, width, stride, values + number * PANEL);
         }
     }
 }
@@ -110,7 +96,7 @@ inline void hide(float* scores, int64_t seen, int64_t padded) {
 
 void attend_block(const Attention& problem, int64_t index, int64_t first, int64_t rows, float* scratch) {
     const int64_t picture = index / problem.heads, head = index % problem.heads, width = problem.padded_dim();
-    const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(problem.dim)));
+    const float scale = scale_of(problem);
     float *scores = scratch, *sums = scores + rows * BLOCK_KEYS;
     float *totals = sums + rows * width, *maximum = totals + rows * LANES;
     const int64_t place = index - problem.first_packed;
@@ -147,7 +133,8 @@ void attend_block(const Attention& problem, int64_t index, int64_t first, int64_
         const float inverse = 1.0f / total;
         for (int64_t d = 0; d < problem.dim; d += LANES)
             store_first(target + d, load(sums + row * width + d) * inverse, smaller(LANES, problem.dim - d));
-        problem.log_sum[index * problem.queries + first + row] = maximum[row] + __builtin_logf(total);
+        problem.log_sum[index * problem.queries + first + row] =
+            static_cast<float>(maximum[row] + __builtin_log(static_cast<double>(total)));
     }
 }
 
@@ -165,7 +152,7 @@ namespace glide_fast {
 namespace GLIDE_FAST_ISA {
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {scratch, pack, attend};
+const AttentionKernels attention_kernels = {scratch, pack, attend, gradient_scratch, differentiate};
 
 }  // namespace GLIDE_FAST_ISA
 }  // namespace glide_fast
