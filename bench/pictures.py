@@ -84,7 +84,7 @@ class Stand(nn.Module):
         """As :meth:`glide_fast.models.UNet.forward`, for batches of the size that was prepared."""
         if known is not None:
             raise ValueError("a peer paints whole pictures; leave known out")
-        given = (x, timesteps, *text) if low_res is None else (x, timesteps, *text, low_res)
+        given = (x, timesteps, *text[:2]) if low_res is None else (x, timesteps, *text[:2], low_res)
         return self.function(*given)[0]
 
 
