@@ -67,7 +67,6 @@ def test_the_library_exports_its_init_function_alone() -> None:
 
 def test_the_kernels_package_is_installed_and_names_its_ops() -> None:
     import glide_fast.kernels
-
     from glide_fast.ops import implementations
 
     assert set(glide_fast.kernels.REGISTERED) <= {row.op for row in implementations()}

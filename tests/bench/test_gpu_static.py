@@ -15,6 +15,7 @@ from bench.gpu_static import report, resources
 from bench.gpu_static.launches import Launch, Totals
 from bench.gpu_static.prediction import BANDWIDTH, GAP, HOST, PEAK_HALF, PEAK_SINGLE, Prediction
 from bench.gpu_static.report import Count, Findings
+from tests.kernels.interpreter import environment
 
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -24,7 +25,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def counted() -> dict[str, Any]:
     """What tests/bench/counted.py prints."""
     command = [sys.executable, "-m", "tests.bench.counted"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
