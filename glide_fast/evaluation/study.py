@@ -195,11 +195,11 @@ def measure(
     for seed, kind, scale in tqdm(orders, desc="judging", unit="cell", disable=not progress):
         plan = _plan(settings, data, seed)
         own = np.array([row[caption] for caption in plan.captions_of(range(settings.captions))])
-        pictures = data.images[own]
+        pictures, samples = data.images[own], references[own]
         if kind != "data":
             shards = read_drawing(_cell(folder, seed, kind, scale))
             pictures = np.concatenate([shard.pictures for shard in shards])
-        samples = look(pictures)
+            samples = look(pictures)
         overlap = precision_recall(samples, references, neighbours=settings.neighbours)
         ranks = nearest_rank(squared_distances(pictures, data.images), own)
         right = r_precision(samples, captions, own, distractors=distractors, seed=seed)
