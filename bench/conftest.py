@@ -60,11 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORD] = Record(quick=config.getoption("--quick"))
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write the record after every case, so that a run that is stopped keeps what it measured."""
+    _save(item.config)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the record where it is wanted."""
-    path = session.config.getoption("--rows")
+    """Write the record, also of a run without cases."""
+    _save(session.config)
+
+
+def _save(config: pytest.Config) -> None:
+    path = config.getoption("--rows")
     if path is not None:
-        session.config.stash[RECORD].save(path)
+        config.stash[RECORD].save(path)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
