@@ -318,18 +318,17 @@ class ResBlock(nn.Module):
     @property
     def _projects(self) -> bool:
         """Whether the other path ends in a 1x1 convolution, which adds this path's map as it writes."""
-        layer = self.skip_connection
-        return type(layer) is Conv2d and layer.kernel_size == (1, 1) and self.resample != "up"
+        return _is_pointwise(self.skip_connection) and self.resample != "up"
 
     def _residual(self, x: Tensor, skip: Tensor | None, summand: Tensor | None = None) -> Tensor:
         """The other path. A map that is to be doubled stays small; a pixel's copies are what is added.
 
         ``summand`` [B, out, H', W'] is what a 1x1 convolution adds to its output.
         """
-        layer = self.skip_connection
+        layer: Any = self.skip_connection
         if self.resample != "up" or x.dim() == 5:
             x = resample_nearest(x, self.resample)
-        if type(layer) is Conv2d and layer.kernel_size == (1, 1):
+        if _is_pointwise(layer):
             tokens = pixels_as_tokens(x)
             second = None if skip is None else pixels_as_tokens(skip)
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
@@ -337,6 +336,10 @@ class ResBlock(nn.Module):
             y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second, residual=residual)
             return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
         return layer(x if skip is None else torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    return type(layer) is Conv2d and layer.kernel_size == (1, 1)
 
 
 def pixels_as_tokens(x: Tensor) -> Tensor:
