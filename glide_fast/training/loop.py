@@ -42,6 +42,7 @@ from glide_fast.training.scaling import LossScale
 from glide_fast.training.sources import open_source
 from glide_fast.training.state import TrainingState
 from glide_fast.training.tasks import TASKS, Batch, Task
+from glide_fast.training.working_weights import WorkingWeights
 
 LOG_EVERY = 10
 ALONE = World()
@@ -74,6 +75,7 @@ class Trainer:
             recompute_blocks(self.model)
         self.model.to(world.device)
         self.shared = shared(self.model, world, config.sharding)
+        self.working = WorkingWeights.of(self.model, config, world)
         self.state = self._fresh_state()
         directory.mkdir(parents=True, exist_ok=True)
         self.state.resume(directory, config)
@@ -115,7 +117,7 @@ class Trainer:
         scale = state.scale.value
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
-        update(state.optimizer, state.ema, self.model, state.step, factor)
+        update(state.optimizer, state.ema, self.model, state.step, factor, self.working)
         state.timesteps.update(drawn[0], losses["loss"])
         state.step += 1
         state.scale.succeed()
@@ -151,7 +153,7 @@ class Trainer:
         self.state.optimizer.zero_grad(set_to_none=True)
         parts: list[dict[str, Tensor]] = []
         for rows in self._parts(len(t)):
-            with gradient_exchange(self.shared, last=rows.stop == len(t)):
+            with gradient_exchange(self.shared, last=rows.stop == len(t)), self.working.lent():
                 losses = self._loss(batch.part(rows), t[rows], noise[rows])
                 torch.autograd.backward(self._objective(losses["loss"], weights[rows]))
             parts.append({name: loss.detach() for name, loss in losses.items()})

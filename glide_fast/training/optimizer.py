@@ -5,7 +5,7 @@ Both have the same state, so that a run begun with one goes on with the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +17,43 @@ from glide_fast.ops import StepNumbers
 from glide_fast.training.config import OptimizerConfig
 from glide_fast.training.distributed import own, whole
 from glide_fast.training.ema import ExponentialMovingAverage
+from glide_fast.training.working_weights import WorkingWeights, widen_gradients
 
 _NEVER_ZERO = 1e-6  # added to a norm that is divided by, as torch.nn.utils.clip_grad_norm_ does
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Moving:
-    """The tensors of a step, found once for all steps that have gradients for the same parameters."""
+    """The tensors of a launch: parameters whose gradients are alike, all of them with copies or none."""
 
-    key: tuple[object, ...]
     groups: list[dict[str, Any]]  # of each parameter
+    owners: list[Tensor]  # of the gradients
     parameters: list[Tensor]
     steps: list[Tensor]
     first: list[Tensor]
     second: list[Tensor]
     average: list[Tensor]
+    copies: list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """The tensors of a step, found once for all steps that have such gradients for the same parameters."""
+
+    key: tuple[object, ...]
+    launches: list[_Moving]
     still: list[tuple[Tensor, Tensor]]  # averages and parameters without gradients
 
 
 class OneLaunchAdamW(torch.optim.AdamW):
     """AdamW by :func:`glide_fast.ops.adamw`; its state is that of ``torch.optim.AdamW(fused=True)``.
 
-    Numbers of steps are kept on the CPU, where the bias corrections are computed from them.
+    Numbers of steps are kept on the CPU, where the bias corrections are computed from them. Weights that have
+    16-bit copies take a launch of their own.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerConfig) -> None:
-        self._moving: _Moving | None = None
+        self._found: _Step | None = None
         super().__init__(
             model.parameters(),
             lr=settings.learning_rate,
@@ -55,7 +66,7 @@ class OneLaunchAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state of any AdamW."""
         super().load_state_dict(state_dict)
-        self._moving = None
+        self._found = None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient; what ``closure`` returns, if one is given."""
@@ -68,54 +79,73 @@ class OneLaunchAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step_and_average(
-        self, ema: ExponentialMovingAverage | None, share: float, factor: Tensor | None = None
+        self,
+        ema: ExponentialMovingAverage | None,
+        share: float,
+        factor: Tensor | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         """One step, after which the average of every parameter moves by ``share`` towards it.
 
-        ``factor``, one number on the weights' device, multiplies the gradients; None for 1.
+        ``factor``, one number on the weights' device, multiplies the gradients; None for 1. ``copies`` of
+        parameters get the new weights.
         """
-        groups = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
-        key = (id(ema), len(groups), *(parameter.grad is None for _, parameter in groups))
-        if self._moving is None or self._moving.key != key:
-            self._moving = self._find(groups, ema, key)
-        moving = self._moving
-        if moving.steps:
+        copies = {} if copies is None else copies
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        kinds = [None if each.grad is None else (each.grad.dtype, each in copies) for each in every]
+        key = (id(ema), *kinds)
+        if self._found is None or self._found.key != key:
+            self._found = self._find(kinds, ema, copies, key)
+        for moving in self._found.launches:
             torch._foreach_add_(moving.steps, 1)
             ops.adamw(
                 moving.parameters,
-                [own(parameter.grad) for _, parameter in groups if parameter.grad is not None],
+                [own(each.grad) for each in moving.owners if each.grad is not None],
                 moving.first,
                 moving.second,
                 _numbers(moving, share),
                 average=moving.average,
+                copies=moving.copies,
                 factor=None if factor is None else own(factor),
             )
-        for average, parameter in moving.still:
+        for average, parameter in self._found.still:
             average.lerp_(parameter, share)
 
     def _find(
         self,
-        groups: list[tuple[dict[str, Any], Tensor]],
+        kinds: list[tuple[torch.dtype, bool] | None],
         ema: ExponentialMovingAverage | None,
+        copies: Mapping[Tensor, Tensor],
         key: tuple[object, ...],
-    ) -> _Moving:
+    ) -> _Step:
+        groups = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         averages = [None] * len(groups) if ema is None else list(ema.average.values())
-        pairs = list(zip(groups, averages, strict=True))
-        moved = [(group, each, average) for (group, each), average in pairs if each.grad is not None]
-        states = [self._state(parameter) for _, parameter, _ in moved]
+        rows = [(*pair, average) for pair, average in zip(groups, averages, strict=True)]
+        launches = [
+            self._moving([row for row, each in zip(rows, kinds, strict=True) if each == kind], copies)
+            for kind in dict.fromkeys(kinds)
+            if kind is not None
+        ]
+        still = [
+            (average, parameter)
+            for _, parameter, average in rows
+            if parameter.grad is None and average is not None
+        ]
+        return _Step(key=key, launches=launches, still=still)
+
+    def _moving(
+        self, rows: list[tuple[dict[str, Any], Tensor, Tensor | None]], copies: Mapping[Tensor, Tensor]
+    ) -> _Moving:
+        states = [self._state(parameter) for _, parameter, _ in rows]
         return _Moving(
-            key=key,
-            groups=[group for group, *_ in moved],
-            parameters=[own(parameter) for _, parameter, _ in moved],
+            groups=[group for group, *_ in rows],
+            owners=[parameter for _, parameter, _ in rows],
+            parameters=[own(parameter) for _, parameter, _ in rows],
             steps=[state["step"] for state in states],
             first=[own(state["exp_avg"]) for state in states],
             second=[own(state["exp_avg_sq"]) for state in states],
-            average=[own(average) for *_, average in moved if average is not None],
-            still=[
-                (average, parameter)
-                for (_, parameter), average in pairs
-                if parameter.grad is None and average is not None
-            ],
+            average=[own(average) for *_, average in rows if average is not None],
+            copies=[copies[parameter] for _, parameter, _ in rows if parameter in copies],
         )
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -172,14 +202,24 @@ def clip_gradients(
     The gradients are ``scale`` times as large as they are meant. The factor is None where they were
     multiplied by it themselves.
     """
+    parameters = [each for each in model.parameters() if each.grad is not None]
     if not isinstance(optimizer, OneLaunchAdamW):
+        widen_gradients(parameters)
         if scale != 1:
-            scaled = [own(each.grad) for each in model.parameters() if each.grad is not None]
+            scaled = [own(each.grad) for each in parameters if each.grad is not None]
             torch._foreach_mul_(scaled, 1 / scale)
-        return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)), None
-    gradients = [each.grad for each in model.parameters() if each.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients)) / scale
+        return whole(torch.nn.utils.clip_grad_norm_(parameters, limit)), None
+    norm = whole(norm_of([each.grad for each in parameters if each.grad is not None])) / scale
     return norm, (limit / (norm + _NEVER_ZERO)).clamp(max=1) / scale
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together, of which some may have 16 bits; sums and result are float32."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(each.dtype for each in gradients):
+        norms += torch._foreach_norm([each for each in gradients if each.dtype is dtype], 2, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def update(
@@ -188,10 +228,15 @@ def update(
     model: nn.Module,
     step: int,
     factor: Tensor | None = None,
+    working: WorkingWeights | None = None,
 ) -> None:
     """Optimiser step number ``step`` (from 0), and the average after it."""
     if isinstance(optimizer, OneLaunchAdamW):
-        optimizer.step_and_average(ema, ema.share(step), factor)
+        copies = None if working is None else working.copies
+        optimizer.step_and_average(ema, ema.share(step), factor, copies)
+        if working is not None:
+            working.written()
         return
     optimizer.step()
+    torch.autograd.graph.increment_version(list(model.parameters()))  # torch's fused AdamW does not
     ema.update(model, step)

@@ -76,7 +76,7 @@ def trace(
         parameter.register_post_accumulate_grad_hook(meter.forget_gradient)  # type: ignore[no-untyped-call]
     with meter:
         with saved_tensors_hooks(saved.keep, lambda tensor: tensor):
-            loss = _loss(model, config, batch, device)
+            loss = training_loss(model, config, batch, device)
         forward_flops = meter.flops
         kept, copies = saved.count(meter.copies)
         torch.autograd.backward(loss)
@@ -116,7 +116,7 @@ def _network(config: Config, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _loss(model: nn.Module, config: Config, batch: int, device: str) -> Tensor:
+def training_loss(model: nn.Module, config: Config, batch: int, device: str) -> Tensor:
     """The trainer's loss for ``batch`` pictures of noise."""
     if isinstance(config, ModelConfig):
         return _diffusion_loss(model, config, batch, device)
@@ -171,7 +171,9 @@ class _GpuDropout(nn.Dropout):
         return dropped
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """What tensors that share their memory have in common, as long as one of them is alive."""
+    """What tensors that share their memory have in common, while one of them is alive."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
@@ -180,12 +182,12 @@ class _Saved:
     """The storages that autograd keeps, each once, without those of the parameters."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = {_storage(parameter) for parameter in parameters}
+        self._parameters = {storage_key(parameter) for parameter in parameters}
         self._kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The hook that autograd calls with everything it keeps."""
-        key = _storage(tensor)
+        key = storage_key(tensor)
         if key not in self._parameters:
             self._kept[key] = tensor.untyped_storage()
         return tensor
@@ -209,7 +211,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.now = self.peak = 0
         self.copies: set[int] = set()
-        self._parameters = {_storage(parameter) for parameter in parameters}
+        self._parameters = {storage_key(parameter) for parameter in parameters}
         self._alive: dict[int, tuple[int, Any]] = {}
 
     def __torch_dispatch__(
@@ -227,14 +229,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
-        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._parameters:
-            self.copies.add(_storage(result))
+        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._parameters:
+            self.copies.add(storage_key(result))
         return result
 
     def forget_gradient(self, parameter: Tensor) -> None:
         """A hook for parameters: their gradients are counted elsewhere."""
         if parameter.grad is not None:
-            self._forget(_storage(parameter.grad))
+            self._forget(storage_key(parameter.grad))
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
