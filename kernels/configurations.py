@@ -73,8 +73,8 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
     ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
-    ("convolution_sum", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
-    ("convolution_sum", None, None, None, Configuration(64, 64, 8, 1)),
+    ("convolution_sum", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
+    ("convolution_sum", None, None, None, Configuration(32, 64, 8, 1)),
     # rows times columns are a program's elements, the shape class the channels
     ("activation", ("gfx942",), None, None, Configuration(1, 2048, 4, 1)),
     ("activation", None, None, None, Configuration(1, 1024, 4, 1)),
@@ -101,7 +101,8 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("adamw", None, None, None, Configuration(1024, 1, 4, 1)),
     ("sampler_step", None, None, None, Configuration(1024, 1, 4, 1)),
     ("product_sum", None, None, None, Configuration(64, 32, 4, 1)),
-    ("moments", None, None, None, Configuration(32, 1, 4, 1)),  # rows are tiles of a product
+    # rows times columns are the moments that a program reads at a time
+    ("moments", None, None, None, Configuration(16, 64, 4, 1)),
 )
 
 # GPUs without rows of their own, and the kin whose shared memory and matrix instructions they share.

@@ -23,7 +23,7 @@ from glide_fast.kernels import configurations, launch, moments, product
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.plan import start
-from glide_fast.kernels.product import Ending, Moments, Plan, Tiles, finish, share, store_part
+from glide_fast.kernels.product import Ending, Moments, Plan, finish, share, store_part
 from glide_fast.ops import chosen, dispatch
 
 FEWEST_ROWS = 64  # half a tile; below, a product is read from memory alone, and cuBLAS is better at that
@@ -223,7 +223,7 @@ def plan(
     if width % configuration.rows:  # tiles would reach from one picture into the next
         ending = replace(ending, output=ending.output.view(1, 1, rows, -1), moments=False)
         batch, width = 1, rows
-    tiles = Tiles(batch, 1, width, pictures=1, rows=1, columns=configuration.rows)
+    tiles = product.runs(batch, width, configuration.rows)
     block = product.block_depth(x)
     descriptors = launch.number(architecture) >= 90 and launch.takes_descriptors(x, second, weight)
     factors: dict[str, Any] = {"x": x, "second": x if second is None else second, "weight": weight}

@@ -22,7 +22,7 @@ from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.group_norm_tiles import Statistics, power_of_two
 from glide_fast.kernels.plan import Launch
-from glide_fast.kernels.product import Moments, cut
+from glide_fast.kernels.product import Moments, cut, runs
 
 FEWEST_PIXELS = 1025  # of a picture: smaller maps are normalised in one launch, which reads them anyway
 
@@ -63,29 +63,43 @@ def recall(x: Tensor) -> Moments | None:
     return moments  # type: ignore[no-any-return]
 
 
+@triton.jit
+def group_sums(
+    means, squares, center, batch, channel, lanes, channels, height, width, tiles, tiles_wide, rows, columns,
+    SQUARES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Of a group's lanes in one map: the sum over all pixels, or that of squared distances to ``center``."""
+    total = 0.0
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        count = tl.minimum(rows, height - tile // tiles_wide * rows)
+        count = (count * tl.minimum(columns, width - tile % tiles_wide * columns)).to(tl.float32)
+        there = (tile < tiles)[:, None] & lanes[None]
+        at = (batch * tiles + tile)[:, None] * channels + channel[None]
+        away = tl.load(means + at, mask=there, other=0.0)
+        if SQUARES:
+            away = tl.where(there, away - center, 0.0)
+            away = tl.load(squares + at, mask=there, other=0.0) + away * away * count[:, None]
+        else:
+            away = away * count[:, None]
+        total += tl.sum(tl.sum(away, axis=1), axis=0)
+    return total
+
+
 # Bytes: 8 · B · tiles · C read, a sixteenth of the map or less.
 @triton.jit
 def combine_kernel(
     means,  # [B, tiles, split] float32
     squares,
-    skip_means,  # [B, tiles, C - split] float32
+    skip_means,  # [B, tiles of the skip, C - split] float32
     skip_squares,
     mean,  # [B, G] float32
     rstd,
-    height,
-    width,
-    split,
-    channels,
-    group_channels,
-    tiles,
-    tiles_wide,
-    eps,
-    SKIP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    height, width, tiles, tiles_wide, rows, columns,
+    skip_height, skip_width, skip_tiles, skip_tiles_wide, skip_rows, skip_columns,
+    split, channels, group_channels, eps,
+    SKIP: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Mean and 1/deviation of a group: first all means, then all squares (Chan, Golub and LeVeque, 1979)."""
     groups = channels // group_channels
     batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -95,45 +109,34 @@ def combine_kernel(
     other = (lane < group_channels) & (channel >= split)
     total = (height * width).to(tl.float32) * group_channels
     group_mean = 0.0
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        count = tl.minimum(ROWS, height - tile // tiles_wide * ROWS)
-        count = (count * tl.minimum(COLUMNS, width - tile % tiles_wide * COLUMNS)).to(tl.float32)
-        there = (tile < tiles)[:, None]
-        at = (batch * tiles + tile)[:, None] * split + channel[None]
-        values = tl.load(means + at, mask=there & own[None], other=0.0)
-        if SKIP:
-            at = (batch * tiles + tile)[:, None] * (channels - split) + (channel - split)[None]
-            values += tl.load(skip_means + at, mask=there & other[None], other=0.0)
-        group_mean += tl.sum(tl.sum(values * (count / total)[:, None], axis=1), axis=0)
     variance = 0.0
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        count = tl.minimum(ROWS, height - tile // tiles_wide * ROWS)
-        count = (count * tl.minimum(COLUMNS, width - tile % tiles_wide * COLUMNS)).to(tl.float32)
-        there = (tile < tiles)[:, None]
-        at = (batch * tiles + tile)[:, None] * split + channel[None]
-        values = tl.load(means + at, mask=there & own[None], other=0.0)
-        within = tl.load(squares + at, mask=there & own[None], other=0.0)
+    for square in tl.static_range(2):
+        found = group_sums(
+            means, squares, group_mean, batch, channel, own, split, height, width, tiles, tiles_wide, rows,
+            columns, square, TILES,
+        )  # fmt: skip
         if SKIP:
-            at = (batch * tiles + tile)[:, None] * (channels - split) + (channel - split)[None]
-            values += tl.load(skip_means + at, mask=there & other[None], other=0.0)
-            within += tl.load(skip_squares + at, mask=there & other[None], other=0.0)
-        delta = tl.where(there & (own | other)[None], values - group_mean, 0.0)
-        variance += tl.sum(tl.sum(within + delta * delta * count[:, None], axis=1), axis=0)
+            found += group_sums(
+                skip_means, skip_squares, group_mean, batch, channel - split, other, channels - split,
+                skip_height, skip_width, skip_tiles, skip_tiles_wide, skip_rows, skip_columns, square, TILES,
+            )  # fmt: skip
+        if square:
+            variance = found / total
+        else:
+            group_mean = found / total
     at = batch * groups + group
     tl.store(mean + at, group_mean)
-    tl.store(rstd + at, tl.rsqrt(variance / total + eps))
+    tl.store(rstd + at, tl.rsqrt(variance + eps))
 
 
 def statistics(x: Tensor, skip: Tensor | None, groups: int, eps: float) -> Statistics | None:
     """Mean and 1/deviation [B, G] of the groups of x, or of x and ``skip`` side by side, from kept moments.
 
-    None where moments are missing or the two were cut differently: the norm reads the maps then.
+    None where moments are missing: the norm reads the maps then.
     """
     own = recall(x)
     other = None if skip is None or own is None else recall(skip)
-    if own is None or (skip is not None and (other is None or other.tiles.sizes != own.tiles.sizes)):
+    if own is None or (skip is not None and other is None):
         return None
     result = Statistics.empty(x, groups)
     configuration = configurations.choose("moments", launch.architecture(x.device), 32)
@@ -145,26 +148,31 @@ def _combining(
     own: Moments, other: Moments | None, result: Statistics, eps: float, configuration: Configuration
 ) -> Launch:
     means, squares = own.values.unbind()
-    skip_means, skip_squares = (means, squares) if other is None else other.values.unbind()
+    second = own if other is None else other
+    skip_means, skip_squares = second.values.unbind()
     split = means.shape[2]
     channels = split + (0 if other is None else skip_means.shape[2])
     groups = result.mean.shape[1]
+    lanes = power_of_two(channels // groups)
     arguments = {
         "means": means, "squares": squares, "skip_means": skip_means, "skip_squares": skip_squares,
-        "mean": result.mean, "rstd": result.rstd, "height": own.tiles.height, "width": own.tiles.width,
-        "split": split, "channels": channels, "group_channels": channels // groups, "tiles": own.tiles.each,
-        "tiles_wide": own.tiles.wide, "eps": eps, "SKIP": other is not None, "ROWS": own.tiles.rows,
-        "COLUMNS": own.tiles.columns, "TILES": configuration.rows,
-        "CHANNELS": power_of_two(channels // groups),
+        "mean": result.mean, "rstd": result.rstd, "split": split, "channels": channels,
+        "group_channels": channels // groups, "eps": eps, "SKIP": other is not None, "CHANNELS": lanes,
+        "TILES": max(configuration.rows * configuration.columns // lanes, 1),
     }  # fmt: skip
+    for prefix, tiles in (("", own.tiles), ("skip_", second.tiles)):
+        arguments |= {
+            f"{prefix}height": tiles.height, f"{prefix}width": tiles.width, f"{prefix}tiles": tiles.each,
+            f"{prefix}tiles_wide": tiles.wide, f"{prefix}rows": tiles.rows, f"{prefix}columns": tiles.columns,
+        }  # fmt: skip
     return Launch(combine_kernel, own.tiles.batch * groups, arguments, configuration)
 
 
 def cases(target: str) -> list[Case]:
     """What is compiled to see the kernel's resources: a decoder's norm at 64 px."""
     own, other = (
-        Moments(cut(2, 64, 64, 128), torch.empty(2, 2, 32, channels, device="meta"))
-        for channels in (384, 192)
+        Moments(tiles, torch.empty(2, 2, tiles.each, channels, device="meta"))
+        for tiles, channels in ((runs(2, 4096, 64), 384), (cut(2, 64, 64, 128), 192))
     )
     result = Statistics.empty(own.values, 32)
     configuration = configurations.choose("moments", target, 32)

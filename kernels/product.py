@@ -61,13 +61,6 @@ class Tiles:
         return -(-self.batch // self.pictures) * self.each
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """The pixels of each tile of a picture, in order."""
-        high = [min(self.rows, self.height - start) for start in range(0, self.height, self.rows)]
-        wide = [min(self.columns, self.width - start) for start in range(0, self.width, self.columns)]
-        return tuple(rows * columns for rows in high for columns in wide)
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """Batch, height and width of the maps."""
         return self.batch, self.height, self.width
@@ -88,6 +81,11 @@ def cut(batch: int, height: int, width: int, pixels: int) -> Tiles:
             best = tiles.count, tiles
         columns //= 2
     return best[1] if best is not None else Tiles(batch, height, width, pixels, 1, 1)
+
+
+def runs(batch: int, pixels: int, length: int) -> Tiles:
+    """Maps as single rows of pixels, cut into runs of one length."""
+    return Tiles(batch, 1, pixels, pictures=1, rows=1, columns=length)
 
 
 def splits(blocks: int, steps: int) -> int:

@@ -35,7 +35,7 @@ from glide_fast.training.config import OptimizerConfig
 Call = Callable[[], object]
 Build = Callable[[], Call]
 Network = TypeVar("Network", bound=nn.Module)
-_HALVED = (nn.Conv1d, nn.Conv2d, PointwiseConv, nn.Linear)
+_HALVED = (nn.Conv1d, nn.Conv2d, PointwiseConv)
 _BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -61,8 +61,8 @@ def halved(network: Network, chosen: Callable[[str, nn.Module], bool]) -> Networ
     return network.eval()
 
 
-def _in_blocks(name: str, module: nn.Module) -> bool:
-    """OpenAI's choice for its U-Nets, and the blocks' projections of the timestep."""
+def in_blocks(name: str, module: nn.Module) -> bool:
+    """What :func:`glide_fast.models.placement.placed` keeps in the dtype of the activations."""
     return name.split(".")[0] in _BLOCKS and isinstance(module, _HALVED)
 
 
@@ -89,7 +89,7 @@ def our_step(config: UNetConfig, batch: int) -> Build:
 
     def build() -> Call:
         with torch.device("cuda"), torch.no_grad():
-            network = halved(UNet(config, compute_dtype=torch.float16), _in_blocks)
+            network = halved(UNet(config, compute_dtype=torch.float16), in_blocks)
             x, timesteps, given = _pictures(config, batch)
             text = network.text(*_words(config, batch))
 

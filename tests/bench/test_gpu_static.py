@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.gpu_static import report, resources
 from bench.gpu_static.launches import Launch, Totals
 from bench.gpu_static.prediction import BANDWIDTH, GAP, HOST, PEAK_HALF, PEAK_SINGLE, Prediction
 from bench.gpu_static.report import Count, Findings
+from bench.gpu_static.workloads import halved, in_blocks
+from glide_fast.models import UNet
+from glide_fast.models.placement import placed
+from tests import tiny
 from tests.kernels.interpreter import environment
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +100,7 @@ def test_the_original_is_counted_as_others_have_counted_it(counted: dict[str, An
     ("step", "launches", "gigabytes"),
     [
         ("base 64 px, batch 2", 340, 1.6),  # the goals
-        ("upsampler 256 px, batch 2", 350, 8.7),  # the goal of launches; of bytes it is 8.0
+        ("upsampler 256 px, batch 2", 350, 7.6),  # the goals are 350 and 8.0
         ("base 64 px, training, batch 64", 3250, 162),  # 1250 and 120
     ],
 )
@@ -105,6 +110,15 @@ def test_steps_hold_what_they_have_reached(
     found = counted["steps"][step]["ours"]
     assert found["calls"] <= launches
     assert found["call_bytes"] <= 1e9 * gigabytes
+
+
+def test_a_counted_step_has_its_weights_as_they_are_placed() -> None:
+    config = tiny.config().unet
+    right = placed(UNet(config).requires_grad_(False), "cpu", torch.float16)
+    found = halved(UNet(config), in_blocks)
+    for (name, one), other in zip(found.named_parameters(), right.parameters(), strict=True):
+        if "transformer" not in name:  # which reads the text beforehand
+            assert one.dtype is other.dtype, name
 
 
 LAUNCHES = [Launch("a", "op", 3000, 0), Launch("b", "op", 30, 79_000_000, half=True, further=True)]

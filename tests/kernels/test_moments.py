@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.kernels import convolution, group_norm, moments, norm_convolution
+from glide_fast.kernels import convolution, convolution_sum, group_norm, moments, norm_convolution
 from glide_fast.ops import chosen, reference
 from tests.kernels import interpreter
 from tests.kernels.products import error, exact_statistics
@@ -104,11 +103,22 @@ def test_one_map_without_moments_is_enough_to_read_both() -> None:
     assert moments.statistics(x, convolved(8, side=12, batch=2), 4, EPS) is not None
 
 
-def test_maps_that_were_cut_differently_are_read() -> None:
-    x, skip = convolved(16), convolved(8)
-    version, kept = moments._remembered[skip]
-    moments._remembered[skip] = version, replace(kept, tiles=replace(kept.tiles, rows=2, columns=4))
-    assert moments.statistics(x, skip, 4, EPS) is None
+@pytest.mark.parametrize("side", [9, 12])
+def test_two_maps_may_be_cut_differently(side: int) -> None:
+    """By our convolution into tiles, by the sum behind cuDNN's into runs."""
+    x = convolved(16, side=side, offset=30)
+    weight, bias = normal(8, 8, 3, 3, seed=3) / 8, normal(8)
+    skip = convolution_sum.convolve(normal(2, 8, side, side, seed=4), weight, bias, None)
+    cuts = [moments.recall(each) for each in (x, skip)]
+    assert cuts[0] is not None
+    assert cuts[1] is not None
+    assert cuts[0].tiles != cuts[1].tiles
+    for first, second in ((x, skip), (skip, x)):
+        kept = moments.statistics(first, second, 3, EPS)
+        assert kept is not None
+        right = exact_statistics(torch.cat([first, second], dim=1), 3, EPS)
+        assert error(kept.mean, right[0]) <= 2e-6
+        assert error(kept.rstd, right[1]) <= 2e-6
 
 
 def test_moments_end_with_their_map() -> None:
