@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glide_fast.ops import memory
+from glide_fast.ops import memory, reference
 from glide_fast.ops import norm_convolution as op
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.group_norm import resampled_shape
@@ -145,6 +145,7 @@ def norm_convolution_backward(
     if needs_weight:
         gain, offset = _coefficients_again(norm_weight, norm_bias, scale, shift, mean, rstd)
         grad_weight = _OPS.convolution_weight_gradient(grad, map_x, gain, offset, mode, tile)
+        grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
     inner = None
     if needs_x:
         inner = memory.empty_map(len(x), weight.shape[1], *grad.shape[2:])

@@ -177,7 +177,10 @@ def _fake_backward(
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
     grad_bias = x.new_empty(0) if bias is None else grad.new_empty(bias.shape)
     film = like(scale, needs_x), like(shift, needs_x)
-    return grad_x, grad_norm_weight, grad_norm_bias, *film, like(weight, needs_weight), grad_bias
+    grad_weight = like(weight, needs_weight)
+    if needs_weight:
+        grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
+    return grad_x, grad_norm_weight, grad_norm_bias, *film, grad_weight, grad_bias
 
 
 FORWARD = define(

@@ -208,13 +208,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight of such a convolution; None where not needed."""
+    """Gradients of x and weight of such a convolution, the latter laid out like it; None where not needed."""
     ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
     needs = [needs_x, needs_weight, False]
     gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
         grad, x, weight, None, ones, _padding(weight), ones, False, zeros, 1, needs
     )
-    return gradients[0], None if gradients[1] is None else gradients[1].contiguous()
+    grad_weight = gradients[1]
+    return gradients[0], None if grad_weight is None else grad_weight.contiguous(
+        memory_format=memory_format(weight)
+    )
 
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:

@@ -79,6 +79,28 @@ def test_float64_and_the_reference_agree(case: Case) -> None:
         torch.testing.assert_close(defined[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [MAPS[0], OTHER_CASES[4], OTHER_CASES[-2], OTHER_CASES[-1]], ids=str)
+def test_a_weights_gradient_is_laid_out_like_it(case: Case, dtype: torch.dtype) -> None:
+    """So that whoever adds it up or steps by it has no copy to make."""
+    given = case.inputs(dtype)
+    dims = given["weight"].ndim - 2
+    for layout in (torch.contiguous_format, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)):
+        if layout is not None:
+            given["weight"] = given["weight"].detach().contiguous(memory_format=layout).requires_grad_()
+            assert differentiate(case.ours, given)["weight"].stride() == given["weight"].stride()
+            with use_reference():
+                assert differentiate(case.ours, given)["weight"].stride() == given["weight"].stride()
+    x, skip, weight = given["x"].detach(), given.get("skip"), given["weight"].detach()
+    joined = x if skip is None else torch.cat([x, skip.detach()], dim=1)
+    grad = torch.randn(len(x), len(weight), *x.shape[2:]).to(dtype)
+    nothing = torch.empty(0, dtype=dtype)
+    torch.library.opcheck(
+        torch.ops.glide_fast.norm_convolution_backward.default,
+        (grad, joined, None, None, None, None, nothing, nothing, 1, 1e-5, 0, weight, None, True, True),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_follows_the_reference(dtype: torch.dtype) -> None:
     case = replace(MAPS[0], film=True, residual=True)
