@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -67,11 +67,13 @@ class Linear(nn.Linear):
 
 
 class _FollowsInput(nn.modules.conv._ConvNd):
-    def forward(self, x: Tensor) -> Tensor:  # [B, in, *space] -> [B, out, *space]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, in, *space] -> [B, out, *space]; ``residual``, of this size or half the sides, is added."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1):
-            return ops.norm_convolution(x, self.weight.to(x.dtype), bias)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+            return ops.norm_convolution(x, self.weight.to(x.dtype), bias, residual=residual)
+        h = self._conv_forward(x, self.weight.to(x.dtype), bias)
+        return h if residual is None else h + _matched(residual, h)
 
 
 class Conv1d(_FollowsInput, nn.Conv1d):
@@ -185,6 +187,14 @@ def activated_convolution(
     )
 
 
+def _convolution_beside(residual: Tensor | None, convolution: nn.Module, x: Tensor) -> Tensor:
+    """convolution(x) + residual, by one operation unless the convolution was replaced or is watched."""
+    if type(convolution) in CONVOLUTIONS.values() and not is_watched(convolution):
+        return convolution(x, residual)  # type: ignore[no-any-return]
+    h: Tensor = convolution(x)
+    return h if residual is None else h + _matched(residual, h)
+
+
 def _matched(residual: Tensor, h: Tensor) -> Tensor:
     return residual if residual.shape[2:] == h.shape[2:] else resample_nearest(residual, "up")
 
@@ -280,40 +290,47 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else convolution(channels, out_channels, 1)
         )
 
+    @property
+    def modulation_widths(self) -> list[int]:
+        """The channels of what the embedding is projected to: of scale and shift, or of what is added."""
+        projection, parts = self.emb_layers["1"].out_features, 2 if self.scale_shift_norm else 1
+        return [int(projection) // parts] * parts  # type: ignore[arg-type]  # a Linear's
+
     def forward(
-        self, x: Tensor, embedding: Tensor | Mapping[nn.Module, Tensor], skip: Tensor | None = None
+        self, x: Tensor, embedding: Tensor | Mapping[nn.Module, Sequence[Tensor]], skip: Tensor | None = None
     ) -> Tensor:
         """x [B, C, H, W], embedding [B or 1, E] with its SiLU already applied -> [B, out, H', W'].
 
-        The embedding may come as what each block projects it to, this one's [B or 1, modulation] among them.
+        The embedding may come as what each block makes of it, this one's scale and shift [B or 1, out], or
+        only what is added, among them.
         ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
         """
         if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
             x, skip = torch.cat([x, skip], dim=1), None
-        projected: Any = (
-            embedding[self] if isinstance(embedding, Mapping) else self.emb_layers["1"](embedding)
-        )
-        modulation = projected.to(x.dtype).expand(len(x), -1)
-        film = modulation.chunk(2, dim=1) if self.scale_shift_norm else None
+        if isinstance(embedding, Mapping):
+            parts = embedding[self]
+        else:
+            projection = self.emb_layers["1"](embedding).to(x.dtype)
+            parts = torch.split(projection, self.modulation_widths, dim=1)
+        modulation = [each.to(x.dtype).expand(len(x), -1) for each in parts]
+        film = (modulation[0], modulation[1]) if self.scale_shift_norm else None
         h = activated_convolution(
             self.in_layers["0"],
             self.in_layers["2"],
             x,
             skip=skip,
-            shift=modulation if film is None else None,
+            shift=modulation[0] if film is None else None,
             resample=self.resample,
         )
         norm, dropout, convolution = self.out_layers.values()
+        residual = None if self._projects else self._residual(x, skip)
         if dropout.p and self.training:
             scale, shift = (None, None) if film is None else film
-            h = convolution(dropout(norm(h, scale=scale, shift=shift, activation="silu")))
-        elif self._projects:
-            h = activated_convolution(norm, convolution, h, film=film)
+            h = dropout(norm(h, scale=scale, shift=shift, activation="silu"))
+            h = _convolution_beside(residual, convolution, h)
         else:
-            return activated_convolution(norm, convolution, h, film=film, residual=self._residual(x, skip))
-        if self._projects:
-            return self._residual(x, skip, summand=h)
-        return _matched(self._residual(x, skip), h) + h
+            h = activated_convolution(norm, convolution, h, film=film, residual=residual)
+        return self._residual(x, skip, summand=h) if self._projects else h
 
     @property
     def _projects(self) -> bool:

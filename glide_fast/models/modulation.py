@@ -1,23 +1,27 @@
 """What the residual blocks of a U-Net compute of the timestep alone.
 
 Every one of them projects the timestep's embedding, and a step has dozens. On a GPU each of these small
-products costs a launch: where nothing is differentiated, their weights are laid behind each other in memory
-once, as views that the layers keep as their own; then one product serves all, and weights that change in
-place are right. On a CPU each reads a whole weight for a few rows: a :class:`Timetable` has the rows of all
-steps of a sampler, by one product a block.
+products costs a launch, so that one product serves all. Where nothing is differentiated, their weights are
+laid behind each other in memory once, as views that the layers keep as their own, and weights that change in
+place are right; a training step copies them together in each of its passes. On a CPU each reads a whole
+weight for a few rows: a :class:`Timetable` has the rows of all steps of a sampler, by one product a block.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from glide_fast import ops
 from glide_fast.models.layers import Linear, ResBlock, is_watched
+
+Modulations: TypeAlias = dict[nn.Module, tuple[Tensor, ...]]  # scale and shift, or what is added, [B, ...]
 
 _lock = threading.Lock()
 
@@ -54,28 +58,58 @@ def timetable(blocks: Sequence[ResBlock], timesteps: Tensor, embeddings: Tensor)
     return Timetable(timesteps, tuple(layer(embeddings) for layer in layers))
 
 
-def modulations(
-    blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype
-) -> Tensor | dict[nn.Module, Tensor]:
-    """The embedding [B, E] itself; on a GPU without gradients each block's projection of it in ``dtype``."""
-    if torch.is_grad_enabled() or embedding.device.type == "cpu" or not blocks:
+def modulations(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype) -> Tensor | Modulations:
+    """The embedding [B, E] itself; on a GPU what each block makes of it in ``dtype``.
+
+    On a GPU too it is the embedding if a hook waits for a projection, or other processes have shares of one.
+    """
+    if embedding.device.type == "cpu" or not blocks:
         return embedding
     layers = [block.emb_layers["1"] for block in blocks]
     if not all(
-        type(layer) is Linear and layer.bias is not None and not is_watched(layer) for layer in layers
+        type(layer) is Linear
+        and not hasattr(layer.weight, "placements")  # a DTensor's
+        and layer.bias is not None
+        and not is_watched(layer)
+        for layer in layers
     ):
         return embedding
     return projected(blocks, embedding, dtype)
 
 
-def projected(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
-    """Each block's projection [B, modulation] of the embedding [B, E], by one product."""
+def projected(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype) -> Modulations:
+    """What each block makes of the embedding [B, E], by one product."""
     layers: list[Any] = [block.emb_layers["1"] for block in blocks]
-    with _lock:
-        weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
-    y = ops.linear(embedding.to(weight.dtype), weight, bias.to(weight.dtype)).to(dtype)
-    parts = torch.split(y, [layer.out_features for layer in layers], dim=1)
-    return dict(zip(blocks, parts, strict=True))
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if torch.is_grad_enabled():
+        y: Tensor = _Together.apply(embedding, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]
+    else:
+        with _lock:
+            weight, bias = joined(weights), joined(biases)
+        y = ops.linear(embedding.to(weight.dtype), weight, bias.to(weight.dtype))
+    widths = [block.modulation_widths for block in blocks]
+    parts = iter(torch.split(y.to(dtype), list(chain(*widths)), dim=1))
+    return {block: tuple(islice(parts, len(each))) for block, each in zip(blocks, widths, strict=True)}
+
+
+class _Together(torch.autograd.Function):
+    """Linear layers of the same input as one, their outputs side by side; nothing joined is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: int, *parameters: Tensor) -> Tensor:
+        """x [B, E], the weights [K, E] of the layers and then their biases [K] -> [B, sum of K]."""
+        weights, biases = parameters[:layers], parameters[layers:]
+        ctx.save_for_backward(x, *weights)
+        return ops.linear(x.to(weights[0].dtype), torch.cat(weights), torch.cat(biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = [len(each) for each in weights]
+        grad_x = (grad @ torch.cat(weights)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.split(grad.t() @ x.to(grad.dtype), rows)
+        return grad_x, None, *grad_weights, *torch.split(grad.sum(0), rows)
 
 
 def joined(parameters: Sequence[nn.Parameter]) -> Tensor:

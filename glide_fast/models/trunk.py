@@ -25,9 +25,10 @@ from glide_fast.models.layers import (
     Upsample,
     timestep_embedding,
 )
-from glide_fast.models.modulation import modulations
+from glide_fast.models.modulation import Modulations, modulations
 
 Given: TypeAlias = Tensor | Mapping[nn.Module, Tensor]
+Timed: TypeAlias = Tensor | Modulations
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -87,12 +88,12 @@ class Stage(nn.ModuleList):
 
     recompute = False
 
-    def forward(self, x: Tensor, embedding: Given, text: Given | None, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layers, x, embedding, text, skip, use_reentrant=False)  # type: ignore[no-any-return]
         return self._layers(x, embedding, text, skip)
 
-    def _layers(self, x: Tensor, embedding: Given, text: Given | None, skip: Tensor | None) -> Tensor:
+    def _layers(self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding, skip)
@@ -147,7 +148,7 @@ class Trunk(TextConditioned):
         embedding = self.time_embed(embedding)
         return embedding if labels is None else embedding + self.label_emb(labels)  # type: ignore[no-any-return]
 
-    def modulations(self, embedding: Tensor) -> Given:
+    def modulations(self, embedding: Tensor) -> Timed:
         """What the blocks are given of the embedding [B or 1, E] with its SiLU applied."""
         return modulations(self.residual_blocks(), embedding, self.compute_dtype)
 
@@ -161,7 +162,7 @@ class Trunk(TextConditioned):
         for part in parts:
             yield from part
 
-    def encode(self, x: Tensor, embedding: Given, text: Given | None = None) -> list[Tensor]:
+    def encode(self, x: Tensor, embedding: Timed, text: Given | None = None) -> list[Tensor]:
         """Every map of the encoder, then that of the middle; ``embedding`` with its SiLU applied."""
         layout = _CHANNELS_LAST.get(self.config.dims, torch.contiguous_format)
         h = x.to(self.compute_dtype).contiguous(memory_format=layout)

@@ -19,7 +19,7 @@ from glide_fast.models.layers import (
     zeroed,
 )
 from glide_fast.models.modulation import Timetable, timetable
-from glide_fast.models.trunk import Given, Trunk, UNetConfig
+from glide_fast.models.trunk import Given, Timed, Trunk, UNetConfig
 
 
 class OutputLayers(nn.ModuleDict):
@@ -131,7 +131,11 @@ class UNet(Trunk):
             text = self.text(tokens, mask)
         made = None if timetable is None else timetable.at(timesteps)
         if made is not None:
-            given: Given = dict(zip(self.residual_blocks(), made, strict=True))
+            blocks = zip(self.residual_blocks(), made, strict=True)
+            given: Timed = {
+                block: torch.split(each.to(self.compute_dtype), block.modulation_widths, dim=1)
+                for block, each in blocks
+            }
         else:
             embedding = self.embed(timesteps, labels)
             if text is not None:
@@ -163,7 +167,7 @@ class UNet(Trunk):
             layer for layer in layers if isinstance(layer, AttentionBlock) and layer.encoder_kv is not None
         ]
 
-    def _body(self, h: Tensor, embedding: Given, text: Given | None) -> Tensor:
+    def _body(self, h: Tensor, embedding: Timed, text: Given | None) -> Tensor:
         *skips, h = self.encode(h, embedding, text)
         for stage in self.output_blocks:
             h = stage(h, embedding, text, skips.pop())

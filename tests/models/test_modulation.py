@@ -20,9 +20,15 @@ def blocks_of(network: UNet) -> list[ResBlock]:
     return [layer for stage in network.stages() for layer in stage if isinstance(layer, ResBlock)]
 
 
-def filled() -> UNet:
+class Share(nn.Parameter):
+    """As a process has it of a weight that is spread over several."""
+
+    placements = ()
+
+
+def filled(**changes: bool) -> UNet:
     torch.manual_seed(0)
-    network = tiny()
+    network = tiny(**changes)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
     return network.eval().requires_grad_(False)
@@ -38,7 +44,9 @@ def test_projections_are_those_of_the_layers_and_follow_their_weights() -> None:
             parameter.mul_(change)
         found = projected(blocks, embedding, torch.float32)
         for block in blocks:
-            torch.testing.assert_close(found[block], block.emb_layers["1"](embedding), rtol=1e-5, atol=1e-6)
+            expected = block.emb_layers["1"](embedding)
+            torch.testing.assert_close(torch.cat(found[block], dim=1), expected, rtol=1e-5, atol=1e-6)
+            assert [each.shape[1] for each in found[block]] == block.modulation_widths
     for name, each in network.state_dict().items():
         torch.testing.assert_close(each, 2 * before[name], rtol=0, atol=0)
 
@@ -67,22 +75,48 @@ def test_what_was_laid_out_while_sampling_can_be_trained() -> None:
     assert copy.deepcopy(network).state_dict().keys() == network.state_dict().keys()
 
 
-def test_on_the_cpu_and_for_gradients_blocks_get_the_embedding_itself() -> None:
+@pytest.mark.parametrize("scale_shift_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_learns_the_same_from_one_product(
+    scale_shift_norm: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = filled(scale_shift_norm=scale_shift_norm).requires_grad_(True)
+    network.compute_dtype = dtype
+    x, found = noise(2, 3, 8, 8), []
+    for together in (False, True):
+        if together:
+            monkeypatch.setattr("glide_fast.models.trunk.modulations", projected)
+        network.zero_grad(set_to_none=True)
+        network(x, T, **prompt(2)).square().mean().backward()
+        found.append({name: each.grad for name, each in network.named_parameters()})
+    tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+    for name, expected in found[0].items():
+        assert expected is not None
+        difference = (found[1][name] - expected).norm()
+        assert difference <= tolerance * expected.norm() + 1e-9, name
+
+
+def test_on_the_cpu_blocks_get_the_embedding_itself() -> None:
     network = filled()
     embedding = noise(2, 4 * network.config.channels)
-    with torch.no_grad():
-        assert modulations(blocks_of(network), embedding, torch.float32) is embedding
-    elsewhere = torch.empty(2, 4 * network.config.channels, device="meta")
-    assert modulations(blocks_of(network), elsewhere, torch.float32) is elsewhere
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert modulations(blocks_of(network), embedding, torch.float32) is embedding
 
 
-def test_a_watched_projection_is_called_itself() -> None:
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_projection_that_is_watched_or_spread_over_processes_is_called_itself(gradients: bool) -> None:
     network = filled().to("meta")
     embedding = torch.empty(2, 4 * network.config.channels, device="meta")
     blocks = blocks_of(network)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         assert isinstance(modulations(blocks, embedding, torch.float32), dict)
-        blocks[2].emb_layers["1"].register_forward_hook(lambda *_: None)
+        handle = blocks[2].emb_layers["1"].register_forward_hook(lambda *_: None)
+        assert modulations(blocks, embedding, torch.float32) is embedding
+        handle.remove()
+        assert isinstance(modulations(blocks, embedding, torch.float32), dict)
+        layer = blocks[1].emb_layers["1"]
+        layer._parameters["weight"] = Share(layer.weight)
         assert modulations(blocks, embedding, torch.float32) is embedding
 
 

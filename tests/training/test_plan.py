@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glide_fast import ops
 from glide_fast.models import ModelConfig, TextConfig, UNet, UNetConfig, preset
 from glide_fast.models.configs import describe
+from glide_fast.models.modulation import projected
 from glide_fast.ops import memory
 from glide_fast.training.hardware import GPUS
 from glide_fast.training.plan import Memory, Plan, Setup, plan
@@ -127,7 +128,10 @@ def test_flops_of_a_whole_model_are_the_sum_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_is_traced_without_memory_is_what_a_real_pass_keeps(dtype: torch.dtype, recompute: bool) -> None:
+def test_what_is_traced_without_memory_is_what_a_real_pass_keeps(
+    dtype: torch.dtype, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glide_fast.models.trunk.modulations", projected)  # as on a GPU
     options: dict[str, Any] = {"dtype": dtype, "recompute": recompute}
     planned, real = trace(TINY, BATCH, **options), trace(TINY, BATCH, device="cpu", **options)
     assert planned.copies == real.copies
