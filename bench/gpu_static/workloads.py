@@ -7,7 +7,7 @@ float16) with float32 weights: the loss, its gradients, AdamW and the moving ave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,12 +25,14 @@ from glide_fast.compat.half import (
 )
 from glide_fast.diffusion import GaussianDiffusion, Schedule
 from glide_fast.diffusion.losses import hybrid_loss
-from glide_fast.models import NoisyCLIP, NoisyCLIPConfig, UNet, UNetConfig
+from glide_fast.models import ModelConfig, NoisyCLIP, NoisyCLIPConfig, UNet, UNetConfig
 from glide_fast.models.layers import PointwiseConv
 from glide_fast.models.presets import preset
 from glide_fast.ops import StepNumbers
 from glide_fast.sampling import noisy_clip_gradient
 from glide_fast.training.config import OptimizerConfig
+from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients
+from glide_fast.training.working_weights import WorkingWeights, converted_names
 
 Call = Callable[[], object]
 Build = Callable[[], Call]
@@ -192,29 +194,66 @@ def _optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def our_training(config: UNetConfig, batch: int) -> Build:
-    """Bfloat16 activations, float32 weights, AdamW and the average of the weights as the trainer has them."""
+def channels_last(network: Network) -> Network:
+    """The network laid out as the trainer has it; tensors without memory cannot be so by ``to``."""
+    for module in network.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.ndim == 4:
+                value = parameter.detach().contiguous(memory_format=torch.channels_last)
+                module._parameters[key] = nn.Parameter(value)
+    return network
 
-    def build() -> Call:
-        with torch.device("cuda"):
-            network = UNet(config, compute_dtype=torch.bfloat16).train()
-            lesson = _Lesson(config, batch, network)
-        parameters = [each.detach() for each in network.parameters()]
-        first, second, average = ([torch.zeros_like(each) for each in parameters] for _ in range(3))
-        settings = OptimizerConfig()
+
+class _Learner:
+    """The parameters of a network that have 16-bit copies, or those that have none, and their moments."""
+
+    def __init__(self, network: nn.Module, copies: Mapping[Tensor, Tensor], *, copied: bool) -> None:
+        self.parameters = [each for each in network.parameters() if (each in copies) is copied]
+        self.copies = [copies[each] for each in self.parameters if copied]
+        self.first, self.second, self.average = (
+            [torch.zeros_like(each) for each in self.parameters] for _ in range(3)
+        )
+
+    @torch.no_grad()
+    def step(self, settings: OptimizerConfig, factor: Tensor | None) -> None:
+        """What the optimiser does, whose numbers of steps would be tensors without values here."""
         numbers = StepNumbers.of(
             1, rate=1e-4, betas=settings.betas, eps=1e-8, decay=settings.weight_decay, share=1e-4
         )
+        ops.adamw(
+            self.parameters,
+            [each.grad for each in self.parameters if each.grad is not None],
+            self.first,
+            self.second,
+            [numbers] * len(self.parameters),
+            average=self.average,
+            copies=self.copies,
+            factor=factor,
+        )
+
+
+def our_training(config: UNetConfig, batch: int) -> Build:
+    """Bfloat16 activations and copies of float32 weights, AdamW and the average as the trainer has them."""
+
+    names = converted_names(ModelConfig(unet=config), torch.bfloat16)
+
+    def build() -> Call:
+        with torch.device("cuda"):
+            network = channels_last(UNet(config, compute_dtype=torch.bfloat16).train())
+            lesson = _Lesson(config, batch, network)
+        settings = OptimizerConfig()
+        optimizer = OneLaunchAdamW(network, settings)
+        working = WorkingWeights(network, names, torch.bfloat16)
+        learners = [_Learner(network, working.copies, copied=copied) for copied in (True, False)]
 
         def call() -> None:
             network.zero_grad(set_to_none=True)
-            lesson.loss().backward()  # type: ignore[no-untyped-call]
-            gradients = [each.grad for each in network.parameters() if each.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-            factor = (settings.clip / (norm + 1e-6)).clamp(max=1)
-            with torch.no_grad():
-                every = [numbers] * len(parameters)
-                ops.adamw(parameters, gradients, first, second, every, average=average, factor=factor)
+            with working.lent():
+                lesson.loss().backward()  # type: ignore[no-untyped-call]
+            _, factor = clip_gradients(optimizer, network, settings.clip)
+            for each in learners:
+                each.step(settings, factor)
+            working.written()
 
         return call
 
