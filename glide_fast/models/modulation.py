@@ -3,7 +3,7 @@
 Every one of them projects the timestep's embedding, and a step has dozens. On a GPU each of these small
 products costs a launch, so that one product serves all. Where nothing is differentiated, their weights are
 laid behind each other in memory once, as views that the layers keep as their own, and weights that change in
-place are right; a training step copies them together in each of its passes. On a CPU each reads a whole
+place are right; for a training step see :mod:`~glide_fast.models.together`. On a CPU each reads a whole
 weight for a few rows: a :class:`Timetable` has the rows of all steps of a sampler, by one product a block.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from glide_fast import ops
-from glide_fast.models.layers import Linear, ResBlock, is_watched
+from glide_fast.models.layers import ResBlock, is_watched
+from glide_fast.models.together import can_be_together, together
 
 Modulations: TypeAlias = dict[nn.Module, tuple[Tensor, ...]]  # scale and shift, or what is added, [B, ...]
 
@@ -63,16 +63,9 @@ def modulations(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtyp
 
     On a GPU too it is the embedding if a hook waits for a projection, or other processes have shares of one.
     """
-    if embedding.device.type == "cpu" or not blocks:
+    if embedding.device.type == "cpu":
         return embedding
-    layers = [block.emb_layers["1"] for block in blocks]
-    if not all(
-        type(layer) is Linear
-        and not hasattr(layer.weight, "placements")  # a DTensor's
-        and layer.bias is not None
-        and not is_watched(layer)
-        for layer in layers
-    ):
+    if not can_be_together([block.emb_layers["1"] for block in blocks]):
         return embedding
     return projected(blocks, embedding, dtype)
 
@@ -80,36 +73,18 @@ def modulations(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtyp
 def projected(blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype) -> Modulations:
     """What each block makes of the embedding [B, E], by one product."""
     layers: list[Any] = [block.emb_layers["1"] for block in blocks]
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if torch.is_grad_enabled():
-        y: Tensor = _Together.apply(embedding, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]
+        y = together(embedding, layers)
     else:
         with _lock:
-            weight, bias = joined(weights), joined(biases)
+            weight, bias = (
+                joined([layer.weight for layer in layers]),
+                joined([layer.bias for layer in layers]),
+            )
         y = ops.linear(embedding.to(weight.dtype), weight, bias.to(weight.dtype))
     widths = [block.modulation_widths for block in blocks]
     parts = iter(torch.split(y.to(dtype), list(chain(*widths)), dim=1))
     return {block: tuple(islice(parts, len(each))) for block, each in zip(blocks, widths, strict=True)}
-
-
-class _Together(torch.autograd.Function):
-    """Linear layers of the same input as one, their outputs side by side; nothing joined is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: int, *parameters: Tensor) -> Tensor:
-        """x [B, E], the weights [K, E] of the layers and then their biases [K] -> [B, sum of K]."""
-        weights, biases = parameters[:layers], parameters[layers:]
-        ctx.save_for_backward(x, *weights)
-        return ops.linear(x.to(weights[0].dtype), torch.cat(weights), torch.cat(biases))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        rows = [len(each) for each in weights]
-        grad_x = (grad @ torch.cat(weights)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weights = torch.split(grad.t() @ x.to(grad.dtype), rows)
-        return grad_x, None, *grad_weights, *torch.split(grad.sum(0), rows)
 
 
 def joined(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -6,6 +6,8 @@ Layout, numbering and parameter names are upstream's; what a model is conditione
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from glide_fast.models.layers import (
     zeroed,
 )
 from glide_fast.models.modulation import Timetable, timetable
+from glide_fast.models.together import can_be_together, together
 from glide_fast.models.trunk import Given, Timed, Trunk, UNetConfig
 
 
@@ -70,13 +73,23 @@ class UNet(Trunk):
         if self.config.text is None:
             raise ValueError("this model is not conditioned on text; leave tokens out")
         text = self.encode_text(tokens, mask, self.compute_dtype)
-        if torch.is_grad_enabled() or tokens.device.type == "cpu":  # the CPU's packed weights keep theirs
+        if tokens.device.type == "cpu":  # whose packed weights keep theirs
             return text
-        return text._replace(projections=self.projections(text.sequence))
+        if not torch.is_grad_enabled():
+            return text._replace(projections=self.projections(text.sequence))
+        again = any(stage.recompute for stage in self.stages())
+        if again or not can_be_together([block.encoder_kv for block in self._readers()]):
+            return text
+        return text._replace(projections=self.projections_together(text.sequence))
 
     def projections(self, sequence: Tensor) -> tuple[Tensor, ...]:
         """What the attention blocks read of an encoded text [B, S, width]: [B, S, 2·C] each."""
         return tuple(block.encoder_kv(sequence) for block in self._readers() if block.encoder_kv is not None)
+
+    def projections_together(self, sequence: Tensor) -> tuple[Tensor, ...]:
+        """The same by one product, for training."""
+        layers: list[Any] = [block.encoder_kv for block in self._readers()]
+        return torch.split(together(sequence, layers), [len(layer.bias) for layer in layers], dim=-1)
 
     def timetable(
         self, timesteps: Tensor, *, text: TextEncoding | None = None, labels: Tensor | None = None
