@@ -42,6 +42,7 @@ _ACTIVATION = "float32, bfloat16, float16; float64 by the default"
 REGISTERED: dict[str, Kernel] = {
     "attention": Kernel("attention", _ATTENTION),
     "attention_backward": Kernel("attention_backward", _ATTENTION),
+    "projected_attention_backward": Kernel("attention_backward", _ATTENTION),
     "group_norm": Kernel("group_norm", _GROUP_NORM),
     "group_norm_backward": Kernel("group_norm_backward", _GROUP_NORM),
     "layer_norm": Kernel("layer_norm", _LAYER_NORM),

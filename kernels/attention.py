@@ -74,13 +74,13 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    target,  # pointer to [B, T, N, D], dense
+    target,  # pointer to [B, T, N, D], D dense
     tile,  # [ROWS, DIM]
     batch,
     head,
     start,
     length,
-    heads,
+    strides,  # of batch, position and head
     D: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -88,10 +88,10 @@ def store_tile(
     """Write a tile of one head, rounded once, up to `length` and D."""
     rows = start + tl.arange(0, ROWS)
     columns = tl.arange(0, DIM)
-    at = target + (batch.to(tl.int64) * length * heads + head) * D
+    at = target + batch.to(tl.int64) * strides[0] + head * strides[2]
     inside = (rows < length)[:, None] & (columns < D)[None, :]
     tl.store(
-        at + rows[:, None] * (heads * D) + columns[None, :], tile.to(target.dtype.element_ty), mask=inside
+        at + rows[:, None] * strides[1] + columns[None, :], tile.to(target.dtype.element_ty), mask=inside
     )
 
 
@@ -174,7 +174,8 @@ def _forward(
         total, largest, weight, query_tile, key, value, batch, head, queries, strides,
         D, SCALE, EVEN, DESCRIPTORS, COLUMNS, DIM, PRECISION,
     )  # fmt: skip
-    store_tile(output, total / weight[:, None], batch, head, first, queries, heads, D, ROWS, DIM)
+    dense = (queries * heads * D, heads * D, D)
+    store_tile(output, total / weight[:, None], batch, head, first, queries, dense, D, ROWS, DIM)
     rows = first + tl.arange(0, ROWS)
     natural = (largest + tl.log2(weight)) * 0.6931471805599453
     tl.store(log_sum + pair.to(tl.int64) * queries + rows, natural, mask=rows < queries)

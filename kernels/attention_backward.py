@@ -12,6 +12,8 @@ Work: 14 B N T (S + T) D FLOP, 10 of which a pass with atomics would need.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,7 @@ from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration, choose, kin, run
 from glide_fast.kernels.plan import Launch
 from glide_fast.ops import dispatch
+from glide_fast.ops.projected_attention import views_of
 
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_text_key", "grad_text_value")
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -53,10 +56,10 @@ def _key_gradients(
     first,  # key of the tile
     queries,
     length,
-    heads,
     query_strides,
     strides,
     output_strides,
+    grad_strides,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -85,8 +88,8 @@ def _key_gradients(
         key_total = tl.dot(slopes.to(grads.dtype), query_tile, key_total, input_precision=PRECISION)
     # SCALE is in units of log 2.
     key_total = key_total * (SCALE * 0.6931471805599453)
-    store_tile(grad_key, key_total, batch, head, first, length, heads, D, COLUMNS, DIM)
-    store_tile(grad_value, value_total, batch, head, first, length, heads, D, COLUMNS, DIM)
+    store_tile(grad_key, key_total, batch, head, first, length, grad_strides, D, COLUMNS, DIM)
+    store_tile(grad_value, value_total, batch, head, first, length, grad_strides, D, COLUMNS, DIM)
 
 
 @triton.jit
@@ -144,6 +147,8 @@ def _backward(
     strides,
     text_strides,
     output_strides,
+    grad_strides,
+    grad_text_strides,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -180,17 +185,17 @@ def _backward(
             D, SCALE, EVEN, DESCRIPTORS, COLUMNS, DIM, PRECISION,
         )  # fmt: skip
         total = total * (SCALE * 0.6931471805599453)
-        store_tile(grad_query, total, batch, head, first, queries, heads, D, ROWS, DIM)
+        store_tile(grad_query, total, batch, head, first, queries, grad_strides, D, ROWS, DIM)
     elif tile >= text_tiles:
         _key_gradients(
             query, key, value, output, grad, log_sum, grad_key, grad_value, batch, head,
-            (tile - text_tiles) * COLUMNS, queries, queries, heads, strides, strides, output_strides,
+            (tile - text_tiles) * COLUMNS, queries, queries, strides, strides, output_strides, grad_strides,
             D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
         )  # fmt: skip
     elif text_key is not None:
         _key_gradients(
             query, text_key, text_value, output, grad, log_sum, grad_text_key, grad_text_value, batch, head,
-            tile * COLUMNS, queries, text, heads, strides, text_strides, output_strides,
+            tile * COLUMNS, queries, text, strides, text_strides, output_strides, grad_text_strides,
             D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
         )  # fmt: skip
 
@@ -210,25 +215,62 @@ def attention_backward(
         default = dispatch.default("attention_backward")
         plain: _Gradients = default(grad, query, key, value, text_key, text_value, output, log_sum)
         return plain
-    operands = Operands.of(query, key, value, text_key, text_value)
-    saved = output.contiguous(), grad.contiguous(), log_sum.contiguous()
-    architecture = launch.architecture(query.device)
-
-    def start(cut: Configuration) -> list[Tensor]:
-        planned = plan(operands, saved, cut, architecture)
-        planned.start()
-        return [planned.arguments[name] for name in GRADIENTS[: len(operands.image + operands.text)]]
-
-    bits = 8 * query.element_size()
-    found = run("attention_backward", query.device, bits, operands.dim, start)
+    found = _gradients((query, key, value, text_key, text_value), grad, output, log_sum)
     absent = [query.new_empty(0 if tensor is None else tensor.shape) for tensor in (text_key, text_value)]
     return (*found[:3], *(found[3:] or absent))
 
 
+def projected_attention_backward(
+    grad: Tensor,
+    projection: Tensor,  # [B, T, 3·N·D]
+    text: Tensor | None,  # [B, S, 2·N·D]
+    output: Tensor,
+    log_sum: Tensor,
+    heads: int,
+    by_head: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `projected_attention_backward`: each part of a gradient is written where it lies."""
+    if not serves(output):
+        default = dispatch.default("projected_attention_backward")
+        plain: tuple[Tensor, Tensor] = default(grad, projection, text, output, log_sum, heads, by_head)
+        return plain
+    grad_projection = projection.new_empty(projection.shape)
+    grad_text = projection.new_empty(0 if text is None else text.shape)
+    inputs = views_of(projection, text, heads, by_head)
+    targets = views_of(grad_projection, None if text is None else grad_text, heads, by_head)
+    _gradients(inputs, grad, output, log_sum, [each for each in targets if each is not None])
+    return grad_projection, grad_text
+
+
+def _gradients(
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,
+    output: Tensor,
+    log_sum: Tensor,
+    targets: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The gradients of the inputs that there are, in new memory or in that of the targets."""
+    operands = Operands.of(*inputs)
+    given = operands.image + operands.text
+    saved = output.contiguous(), grad.contiguous(), log_sum.contiguous()
+    architecture = launch.architecture(output.device)
+
+    def start(cut: Configuration) -> list[Tensor]:
+        found = targets or [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
+        plan(operands, saved, found[: len(given)], cut, architecture).start()
+        return list(found)
+
+    return run("attention_backward", output.device, 8 * output.element_size(), operands.dim, start)
+
+
 def plan(
-    operands: Operands, saved: tuple[Tensor, Tensor, Tensor], cut: Configuration, architecture: str
+    operands: Operands,
+    saved: tuple[Tensor, Tensor, Tensor],
+    gradients: Sequence[Tensor],
+    cut: Configuration,
+    architecture: str,
 ) -> Launch:
-    """The launch, with the memory of the gradients; saved are output, its gradient and log_sum, all dense."""
+    """The launch; saved are output, its gradient and log_sum, all dense, gradients alike as operands are."""
     output, grad, log_sum = saved
     batch, queries, heads, _ = output.shape
     # Products of float32 take their factors from registers: going through descriptors costs more of them.
@@ -245,9 +287,9 @@ def plan(
         # On a desktop's GPU float32 is as fast as TF32, and here it needs fewer registers than three of them.
         "PRECISION": "ieee" if kin(architecture) == "sm_120" else precision(architecture, grad.dtype),
     }
-    arguments |= dict.fromkeys(GRADIENTS)
-    for name, tensor in zip(GRADIENTS, operands.image + operands.text, strict=False):
-        arguments[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    arguments |= dict.fromkeys(GRADIENTS) | dict(zip(GRADIENTS, gradients, strict=False))
+    arguments["grad_strides"] = gradients[0].stride()[:3]
+    arguments["grad_text_strides"] = gradients[-1].stride()[:3]
     key_tiles = triton.cdiv(arguments["text"], cut.columns) + triton.cdiv(queries, cut.columns)
     return Launch(_backward, (key_tiles + triton.cdiv(queries, cut.rows)) * batch * heads, arguments, cut)
 
@@ -261,5 +303,8 @@ def cases(target: str) -> list[Case]:
         dense = query.contiguous()
         saved = dense, dense, dense.new_empty((query.shape[0], *query.shape[2:0:-1]), dtype=torch.float32)
         cut = choose("attention_backward", target, 8 * query.element_size(), operands.dim)
-        found.append(plan(operands, saved, cut, target).case(case_name("attention_backward", shape)))
+        gradients = [each.contiguous() for each in operands.image + operands.text]
+        found.append(
+            plan(operands, saved, gradients, cut, target).case(case_name("attention_backward", shape))
+        )
     return found

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glide_fast.models.layers import AttentionOrder, Resample
+from glide_fast.models.layers import Resample
 from glide_fast.models.trunk import UNetConfig
+from glide_fast.ops import AttentionOrder
 
 
 def wide(x: Tensor) -> Tensor:

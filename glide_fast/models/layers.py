@@ -22,7 +22,6 @@ from glide_fast import ops
 from glide_fast.ops import packed
 
 Resample = Literal["none", "up", "down"]
-AttentionOrder = Literal["by_head", "by_role"]
 Module = TypeVar("Module", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -373,7 +372,7 @@ class AttentionBlock(nn.Module):
         heads: int,
         text_channels: int | None = None,
         *,
-        order: AttentionOrder = "by_head",
+        order: ops.AttentionOrder = "by_head",
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
@@ -394,11 +393,10 @@ class AttentionBlock(nn.Module):
         The text may come as what each block projects it to, this block's [B, S, 2·C] among them.
         """
         tokens = pixels_as_tokens(self.norm(x))
-        query, key, value = self._split(self.qkv(tokens), 3)
-        text_key = text_value = None
+        read = None
         if self.encoder_kv is not None and text is not None:
-            text_key, text_value = self._split(self._projected(self.encoder_kv, text), 2)
-        attended = ops.attention(query, key, value, text_key=text_key, text_value=text_value)
+            read = self._projected(self.encoder_kv, text)
+        attended = ops.projected_attention(self.qkv(tokens), self.heads, text=read, order=self.order)
         y: Tensor = self.proj_out(attended.flatten(2), residual=pixels_as_tokens(x))
         return y.transpose(1, 2).view_as(x)
 
@@ -406,12 +404,6 @@ class AttentionBlock(nn.Module):
         if isinstance(text, Mapping):
             return text[self]
         return packed.projected(layer.weight, text, functools.partial(layer, text))
-
-    def _split(self, projection: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, T, N·parts·D] -> ``parts`` views [B, T, N, D], laid out by head or by part."""
-        if self.order == "by_head":
-            return torch.unflatten(projection, 2, (self.heads, parts, -1)).unbind(3)
-        return torch.unflatten(projection, 2, (parts, self.heads, -1)).unbind(2)
 
 
 def zeroed(module: Module) -> Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from glide_fast import ops
@@ -34,8 +33,8 @@ class SelfAttention(Branch):
         self.c_proj = Linear(width, width)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
-        query, key, value = torch.unflatten(self.c_qkv(x), 2, (self.heads, 3, -1)).unbind(3)
-        return through(self.c_proj, self_attention(query, key, value), residual=residual)
+        attended = ops.projected_attention(self.c_qkv(x), self.heads).flatten(2)
+        return through(self.c_proj, attended, residual=residual)
 
 
 class Perceptron(Branch):

@@ -18,7 +18,6 @@ from glide_fast.models.conditioning import TextConditioned, TextConfig
 from glide_fast.models.layers import (
     CONVOLUTIONS,
     AttentionBlock,
-    AttentionOrder,
     Downsample,
     Linear,
     ResBlock,
@@ -26,6 +25,7 @@ from glide_fast.models.layers import (
     timestep_embedding,
 )
 from glide_fast.models.modulation import Modulations, modulations
+from glide_fast.ops import AttentionOrder
 
 Given: TypeAlias = Tensor | Mapping[nn.Module, Tensor]
 Timed: TypeAlias = Tensor | Modulations

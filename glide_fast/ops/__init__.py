@@ -13,6 +13,7 @@ from glide_fast.ops.group_norm import Activation, Resample, group_norm
 from glide_fast.ops.layer_norm import layer_norm
 from glide_fast.ops.linear import LinearActivation, linear
 from glide_fast.ops.norm_convolution import norm_convolution
+from glide_fast.ops.projected_attention import AttentionOrder, projected_attention
 from glide_fast.ops.sampler_step import StepRule, sampler_step
 
 load_compiled()
@@ -24,6 +25,7 @@ linear_cpu.register()
 
 __all__ = [
     "Activation",
+    "AttentionOrder",
     "Implementation",
     "LinearActivation",
     "Resample",
@@ -37,6 +39,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "norm_convolution",
+    "projected_attention",
     "sampler_step",
     "use_reference",
 ]

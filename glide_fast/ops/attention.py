@@ -101,9 +101,10 @@ def _autograd(keyset: Any, *args: Any) -> Any:
 differentiable("attention", _autograd)
 
 
-def _check(
+def check(
     query: Tensor, key: Tensor, value: Tensor, text_key: Tensor | None, text_value: Tensor | None
 ) -> None:
+    """Raise ``ValueError`` if the operands of an attention do not fit each other."""
     if query.ndim != 4 or 0 in query.shape[1:]:
         raise ValueError(f"query has shape {tuple(query.shape)}; it must be [B, T, N, D], only B may be 0")
     if not query.is_floating_point():
@@ -154,6 +155,6 @@ def attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other.
     """
-    _check(query, key, value, text_key, text_value)
+    check(query, key, value, text_key, text_value)
     output: Tensor = FORWARD(query, key, value, text_key, text_value)[0]
     return output

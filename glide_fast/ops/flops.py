@@ -49,6 +49,17 @@ def _attention_backward(
     return BACKWARD_PRODUCTS * attention_product(query, text_key)
 
 
+@register_flop_formula(torch.ops.glide_fast.projected_attention_backward)
+def _projected_attention_backward(
+    grad: torch.Size,
+    _projection: torch.Size,
+    text: torch.Size | None,
+    *_rest: Any,
+    out_shape: Any = None,  # noqa: ARG001
+) -> int:
+    return BACKWARD_PRODUCTS * attention_product(grad, text)
+
+
 def _product(output: torch.Size, weight: torch.Size) -> int:
     """FLOPs of an output [B, K, *space] or [..., K], each number of which takes a row of the weight."""
     return 2 * math.prod(output) * math.prod(weight[1:])

@@ -13,7 +13,8 @@ from glide_fast.kernels import attention as forward
 from glide_fast.kernels import attention_backward as backward
 from glide_fast.kernels import launch
 from glide_fast.models.layers import AttentionBlock
-from glide_fast.ops import dispatch, use_reference
+from glide_fast.ops import AttentionOrder, dispatch, use_reference
+from glide_fast.ops.projected_attention import views_of
 from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE, use_kernels
 from tests.ops.attention_cases import LAYOUTS, NAMES, Case, Layout, differentiate, leaves, ours, plain
@@ -223,9 +224,48 @@ def test_an_attention_block_is_served_in_value_and_gradient() -> None:
         assert error(mine.detach(), theirs.detach().double()) <= 1e-5
 
 
-def test_both_ops_are_registered() -> None:
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("text", [None, 5])
+@pytest.mark.parametrize("order", ["by_head", "by_role"])
+def test_gradients_of_projections_are_written_where_they_lie(
+    order: AttentionOrder, text: int | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int, parts: int) -> Tensor:
+        return torch.randn(2, length, parts * 3 * 24, generator=generator).to(DEVICE, dtype)
+
+    inputs = [draw(37, 3), None if text is None else draw(text, 2)]
+    output, log_sum = forward.attention(*views_of(*inputs, 3, order == "by_head"))
+    grad = draw(37, 1).view(output.shape)
+    found = backward.projected_attention_backward(grad, *inputs, output, log_sum, 3, order == "by_head")
+    wide = [value if value is None else value.double() for value in (grad, *inputs, output, log_sum)]
+    exact = dispatch.default("projected_attention_backward")(*wide, 3, order == "by_head")
+    for mine, right in zip(found, exact, strict=True):
+        assert mine.dtype is dtype
+        assert mine.is_contiguous()
+        assert mine.shape == right.shape
+        assert not mine.numel() or error(mine, right) <= TOLERANCE[dtype]
+
+
+def test_projections_that_the_kernels_do_not_cover_and_texts_of_no_positions() -> None:
+    for dtype, text in ((torch.float64, 5), (torch.float32, 0)):
+        inputs = [
+            torch.randn(2, length, width, device=DEVICE, dtype=dtype)
+            for length, width in ((9, 48), (text, 32))
+        ]
+        output, log_sum = dispatch.default("attention")(*views_of(*inputs, 2, True))
+        arguments = output, *inputs, output, log_sum, 2, True
+        found = backward.projected_attention_backward(*arguments)
+        exact = dispatch.default("projected_attention_backward")(*arguments)
+        for mine, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine, right)
+
+
+def test_all_ops_are_registered() -> None:
     rows = {row.op: row for row in dispatch.implementations() if row.device == "CUDA"}
-    for op in ("attention", "attention_backward"):
+    for op in ("attention", "attention_backward", "projected_attention_backward"):
         assert rows[op].name == "Triton"
         assert "float16" in rows[op].reason
 

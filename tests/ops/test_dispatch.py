@@ -46,6 +46,7 @@ OPS = (
     "norm_apply",
     "norm_convolution",
     "norm_convolution_backward",
+    "projected_attention_backward",
     "sampler_step",
 )
 LIBRARY = dispatch.cpp_library()
@@ -84,6 +85,8 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         layer_norm(x, torch.ones(5), torch.zeros(5)).sum().backward()
         causal_attention(*torch.randn(3, 1, 4, 2, 8))
         adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
+        y, log_sum = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 4)
+        torch.ops.glide_fast.projected_attention_backward(y, torch.zeros(1, 4, 48), None, y, log_sum, 2, True)
         norm_apply.APPLY(x.detach(), *[torch.ones(1, 2)] * 2, *[torch.ones(4)] * 2, None, None, True)
         rule = StepRule(table=torch.ones(1, 8), deviation="table", direction="x", clip=True)
         sampler_step(x.detach(), x.detach(), torch.tensor([0]), rule)
