@@ -104,8 +104,9 @@ class TrainConfig:
     the two others read pictures with the ``noise`` of a diffusion model. ``caption_drop`` is the share of
     captions that a diffusion model with text does not see.
 
-    ``compute_dtype`` is that of the activations; weights, their gradients, the optimiser's moments and the
-    average are always float32. "float16", for GPUs without "bfloat16", has its loss scaled (``scaling``).
+    ``compute_dtype`` is that of the activations, and of the copies of weights that a process alone reads;
+    weights, the optimiser's moments and the average are always float32. "float16", for GPUs without
+    "bfloat16", has its loss scaled (``scaling``).
     Of several processes each has all weights ("ddp") or a share of them ("fsdp"); with
     ``checkpoint_activations`` blocks compute theirs again in the backward pass.
     """

@@ -1,7 +1,7 @@
 """The scale of the loss in float16 (Mixed Precision Training, arXiv 1710.03740, section 3.2).
 
 Gradients of activations below 6e-8 vanish in float16, so the loss is multiplied by a power of two and the
-weights' gradients, which are float32, divided by it again, exactly. Where they overflow, the step is taken
+weights' gradients are divided by it again, in float32, exactly. Where they overflow, the step is taken
 again at half the scale: no batch is skipped, and a run does not depend on how often that happened.
 """
 
