@@ -59,7 +59,7 @@ void attend_heads(Attention problem, int64_t begin, int64_t end) {
 // All threads at the same heads, with the packed keys and values of all.
 void attend_together(Attention problem, int64_t heads, int64_t operations) {
     const AttentionKernels& kernels = *current_isa().attention;
-    problem.packed_keys = scratch_memory<ScratchUse::SHARED>(heads * problem.packed_floats());
+    problem.packed_keys = scratch_memory<ScratchUse::BETWEEN>(heads * problem.packed_floats());
     problem.packed_values = problem.packed_keys + heads * problem.padded_keys() * problem.dim;
     for_each_task(heads * problem.key_panels(), 8 * PANEL * problem.dim,
                   [&](int64_t begin, int64_t end) { kernels.pack(problem, begin, end); });

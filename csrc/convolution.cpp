@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t CHUNK_FLOATS = 3 << 19;
 constexpr int64_t CHUNK_TILES = 128;
 constexpr int64_t TASKS_PER_THREAD = 2;
-constexpr int64_t TRANSFORM_OPERATIONS = 8;  // about what a transformed number costs
+constexpr int64_t COLUMNS_A_TILE = 16;        // of the weights, see pays_apart; measured
+constexpr int64_t TRANSFORM_OPERATIONS = 64;  // in whose time a number is transformed, memory included
 
 // Of the products of one panel with so many tiles.
 int64_t product_operations(const Convolution& problem, int64_t tiles) {
@@ -34,6 +35,16 @@ struct Chunks {
         rows = problem.batch * problem.tile_rows();
         count = divide_up(rows, std::max<int64_t>(1, tiles / problem.tiles_across()));
     }
+
+    // Where a chunk is; its memory is to be filled in.
+    TileChunk chunk(const Convolution& problem, int64_t number) const {
+        TileChunk chunk;
+        chunk.begin = rows * number / count;
+        chunk.end = rows * (number + 1) / count;
+        chunk.tile_stride = spread_stride(problem.channels);
+        chunk.position_stride = chunk.tiles(problem) * chunk.tile_stride + CACHE_LINE_FLOATS;
+        return chunk;
+    }
 };
 
 // Calls `work(chunk, memory)` for one chunk after the other, its input transformed. `memory` has room for
@@ -41,17 +52,12 @@ struct Chunks {
 template <typename Work>
 void for_each_chunk(const Convolution& problem, int64_t other_stride, Work work) {
     const ConvolutionKernels& kernels = *current_isa().convolution;
-    const int64_t tile_stride = spread_stride(problem.channels);
     const Chunks chunks(problem, other_stride);
     for (int64_t number = 0; number < chunks.count; ++number) {
-        TileChunk chunk;
-        chunk.begin = chunks.rows * number / chunks.count;
-        chunk.end = chunks.rows * (number + 1) / chunks.count;
-        chunk.tile_stride = tile_stride;
-        chunk.position_stride = chunk.tiles(problem) * tile_stride + CACHE_LINE_FLOATS;
-        const int64_t size = problem.positions() * chunk.position_stride;
+        TileChunk chunk = chunks.chunk(problem, number);
+        const int64_t size = chunk.size(problem);
         const int64_t other = problem.positions() * (chunk.tiles(problem) * other_stride + CACHE_LINE_FLOATS);
-        chunk.transformed = scratch_memory<ScratchUse::SHARED>(size + other);
+        chunk.transformed = scratch_memory<ScratchUse::BETWEEN>(size + other);
         for_each_task(divide_up(problem.channels, kernels.lanes),
                       problem.positions() * chunk.tiles(problem) * kernels.lanes * TRANSFORM_OPERATIONS,
                       [&](int64_t begin, int64_t end) {
@@ -63,12 +69,42 @@ void for_each_chunk(const Convolution& problem, int64_t other_stride, Work work)
     }
 }
 
+// Whether it pays that each thread reads all weights, in order to read no tiles of another's: the more tiles
+// a thread has for each column of the weights, the less that costs.
+bool pays_apart(const Convolution& problem, const Chunks& chunks, int64_t threads) {
+    const bool even = chunks.rows % threads == 0 || chunks.rows >= 4 * threads;
+    return even && chunks.rows * problem.tiles_across() * COLUMNS_A_TILE >= threads * problem.out_channels;
+}
+
+// Every thread has chunks of its own: none waits for another, or reads what another has in its caches.
+void convolve_apart(const Convolution& problem, const Chunks& chunks) {
+    const ConvolutionKernels& kernels = *current_isa().convolution;
+    const int64_t tiles = divide_up(chunks.rows, chunks.count) * problem.tiles_across();
+    const int64_t operations = product_operations(problem, tiles) * problem.panels();
+    for_each_task(chunks.count, operations, [&](int64_t begin, int64_t end) {
+        for (int64_t number = begin; number < end; ++number) {
+            TileChunk chunk = chunks.chunk(problem, number);
+            chunk.transformed = scratch_memory<ScratchUse::BETWEEN>(chunk.size(problem));
+            float* scratch = scratch_memory<ScratchUse::OWN>(
+                std::max(kernels.input_scratch(problem, chunk),
+                         kernels.output_scratch(problem, chunk.tiles(problem))));
+            kernels.transform_input(problem, chunk, 0, divide_up(problem.channels, kernels.lanes), scratch);
+            kernels.multiply(problem, chunk, 1, 0, problem.panels(), scratch);
+        }
+    });
+}
+
 void convolve(const Convolution& problem) {
     const ConvolutionKernels& kernels = *current_isa().convolution;
+    const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    Chunks chunks(problem, 0);
+    if (pays_apart(problem, chunks, threads)) {
+        chunks.count = std::min(divide_up(chunks.count, threads) * threads, chunks.rows);
+        return convolve_apart(problem, chunks);
+    }
     for_each_chunk(problem, 0, [&](const TileChunk& chunk, float*) {
         const int64_t tiles = chunk.tiles(problem);
-        const int64_t wanted = TASKS_PER_THREAD * static_cast<int64_t>(torch::stable::get_num_threads());
-        const int64_t parts = std::min(divide_up(wanted, problem.panels()), tiles);
+        const int64_t parts = std::min(divide_up(TASKS_PER_THREAD * threads, problem.panels()), tiles);
         for_each_task(problem.panels() * parts, product_operations(problem, tiles) / parts,
                       [&](int64_t begin, int64_t end) {
                           float* scratch = scratch_memory<ScratchUse::OWN>(

@@ -1,9 +1,10 @@
 // What the convolution op hands to its kernels. Plain data only: code compiled for different ISAs shares it.
 //
-// The work goes through the output in chunks of tile rows, and through a chunk in two phases with all threads
-// together: transform the input's tiles (tasks: vectors of channels), then multiply with the weights and
-// transform back (tasks: panels of output channels). So the weights, which at small maps are most of the
-// memory traffic, are read once a chunk, and what a chunk needs stays in the caches.
+// The work goes through the output in chunks of tile rows, and through a chunk in two phases: transform the
+// input's tiles, then multiply with the weights and transform back. What a chunk needs stays in the caches.
+// Where there are chunks for all threads, each thread has its own. Otherwise all threads go through a chunk
+// together (tasks: vectors of channels, then panels of output channels): small maps have few tiles, and the
+// weights, which are most of their memory traffic, are read once.
 #pragma once
 
 #include "group_norm.h"
@@ -47,6 +48,7 @@ struct TileChunk {
     int64_t tile_stride, position_stride;
 
     int64_t tiles(const Convolution& problem) const { return (end - begin) * problem.tiles_across(); }
+    int64_t size(const Convolution& problem) const { return problem.positions() * position_stride; }
 };
 
 // The gradient of the weights: sums over tiles of products of transformed inputs and transformed gradients.

@@ -53,10 +53,11 @@ inline void multiply_gradient(const Convolution& problem, const TileChunk& chunk
                               const WeightGradient& gradient, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / problem.positions(), position = task % problem.positions();
+        const float* b = gradient.transformed + position * gradient.position_stride + panel * PANEL;
         multiply_panel<SHORT_SUMS>(
-            {chunk.transformed + position * chunk.position_stride, 1, chunk.tile_stride}, problem.channels,
-            gradient.transformed + position * gradient.position_stride + panel * PANEL, gradient.tile_stride,
-            chunk.tiles(problem), gradient.sums + task * problem.channels * PANEL, PANEL, !gradient.first);
+            {chunk.transformed + position * chunk.position_stride, 1, chunk.tile_stride}, problem.channels, b,
+            gradient.tile_stride, chunk.tiles(problem), gradient.sums + task * problem.channels * PANEL,
+            PANEL, !gradient.first, b + gradient.position_stride);
     }
 }
 

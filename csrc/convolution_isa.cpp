@@ -120,8 +120,9 @@ void multiply(const Convolution& problem, const TileChunk& chunk, int64_t parts,
             const float* a = chunk.transformed + position * chunk.position_stride + first * chunk.tile_stride;
             const float* b =
                 problem.weight + panel * problem.panel_stride + position * problem.channels * PANEL;
+            const float* next = b + problem.channels * PANEL;
             multiply_panel<SHORT_SUMS>({a, chunk.tile_stride, 1}, tiles, b, PANEL, problem.channels,
-                                       products + position * stride, PANEL, false);
+                                       products + position * stride, PANEL, false, next);
         }
         for (int64_t tile = 0; tile < tiles; ++tile)
             transform_panel<TILE>(problem, products + tile * PANEL, stride,

@@ -57,7 +57,7 @@ void normalise_rows_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, 
     if (grad_x) problem.grad_x = mutable_data(*grad_x);
     problem.rows_per_task = ROWS_PER_TASK;
     const int64_t tasks = divide_up(problem.rows, ROWS_PER_TASK);
-    if (grad_weight) problem.sums = scratch_memory<ScratchUse::SHARED>(2 * tasks * problem.channels);
+    if (grad_weight) problem.sums = scratch_memory<ScratchUse::BETWEEN>(2 * tasks * problem.channels);
     for_each_task(
         tasks, 2 * OPERATIONS_PER_ELEMENT * ROWS_PER_TASK * problem.channels,
         [&](int64_t begin, int64_t end) { current_isa().layer_norm->backward(problem, begin, end); });

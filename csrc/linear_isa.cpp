@@ -57,44 +57,6 @@ void finish(const LinearProblem& problem, const float* sums, int64_t first_row, 
     finish_this(problem, sums, first_row, rows, first);
 }
 
-// Begins to load a cache line of a row with each step in depth.
-struct LoadAhead {
-    const float* data;
-    int64_t row;
-
-    void operator()(int64_t k) const { __builtin_prefetch(data + k * row, 0, 2); }
-};
-
-// The part of the weights that one product reads: rows of a panel.
-struct Part {
-    const float* data;
-    int64_t row;
-};
-
-// sums [rows, PANEL] = A [rows, depth] B, or added. The first steps begin to load what comes next: B is read
-// once a block of rows, so it comes from memory or a far cache; processors foresee it up to the next page
-// where it is packed, and not at all in strides.
-void multiply_part(Matrix a, int64_t rows, Part b, int64_t depth, float* sums, bool add, const float* next) {
-    constexpr int64_t LINES = PANEL / glide_fast::CACHE_LINE_FLOATS;
-    int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int64_t row = 0, done = 0; row < rows; --steps, ++done) {
-        const int64_t count = (rows - row + steps - 1) / steps;
-        const Matrix block = {a.data + row * a.row, a.row, a.column};
-        for (int64_t column = 0; column < PANEL; column += WIDTH) {
-            const int64_t half = done * (PANEL / WIDTH) + column / WIDTH;
-            float* target = sums + row * PANEL + column;
-            if (half < LINES)
-                AllProducts<LONG_SUMS, LoadAhead>::BY_ROWS[count](
-                    block, b.data + column, b.row, depth, target, PANEL, add,
-                    {next + half * glide_fast::CACHE_LINE_FLOATS, b.row});
-            else
-                AllProducts<LONG_SUMS>::BY_ROWS[count](block, b.data + column, b.row, depth, target, PANEL,
-                                                       add, {});
-        }
-        row += count;
-    }
-}
-
 void prefetch_output(const LinearProblem& problem, int64_t first_row, int64_t rows, int64_t first) {
     for (int64_t row = 0; row < rows; ++row)
         prefetch_row(problem, (first_row + row) * problem.columns + first);
@@ -120,8 +82,8 @@ void multiply_group(const LinearProblem& problem, int64_t first_row, int64_t row
                     next = problem.b + last % problem.panels * problem.b_panel;
                 float* own = sums + (p - panel) * rows * PANEL;
                 if (finished) prefetch_output(problem, first_row, smaller(rows, ROWS_AHEAD), p * PANEL);
-                multiply_part({data, source.row, source.column}, rows, {b, problem.b_row}, end - begin, own,
-                              before + begin > 0, next);
+                multiply_panel<LONG_SUMS>({data, source.row, source.column}, rows, b, problem.b_row,
+                                          end - begin, own, PANEL, before + begin > 0, next);
                 if (finished) finish(problem, own, first_row, rows, p * PANEL);
             }
         }

@@ -76,18 +76,37 @@ template <int64_t PARTIAL_DEPTH, typename Beside = NothingBeside>
 using AllProducts = Products<Beside, PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6>;
 #endif
 
+// Begins to load a cache line of a row of B with each step in depth.
+struct LoadAhead {
+    const float* data;
+    int64_t row;
+
+    void operator()(int64_t k) const { __builtin_prefetch(data + k * row, 0, 2); }
+};
+
 // C [rows, PANEL] = A [rows, depth] B [depth, PANEL], or added to what C holds. Any number of rows: they are
 // cut into steps as equal as possible, because a step of few rows uses few accumulators.
+//
+// The first steps begin to load `next`, the B of the product that follows, if it is given: where B is read
+// once it comes from memory or a far cache; processors foresee it up to the next page where it is packed, and
+// not at all in strides.
 template <int64_t PARTIAL_DEPTH>
 void multiply_panel(Matrix a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
-                    int64_t c_row, bool add) {
-    int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS;
+                    int64_t c_row, bool add, const float* next = nullptr) {
+    using glide_fast::CACHE_LINE_FLOATS;
+    int64_t steps = (rows + MAX_ROWS - 1) / MAX_ROWS, line = 0;
     for (int64_t row = 0; row < rows; --steps) {
         const int64_t count = (rows - row + steps - 1) / steps;
         const Matrix block = {a.data + row * a.row, a.row, a.column};
-        for (int64_t column = 0; column < PANEL; column += WIDTH)
-            AllProducts<PARTIAL_DEPTH>::BY_ROWS[count](block, b + column, b_row, depth,
-                                                       c + row * c_row + column, c_row, add, {});
+        for (int64_t column = 0; column < PANEL; column += WIDTH, line += CACHE_LINE_FLOATS) {
+            float* target = c + row * c_row + column;
+            if (next != nullptr && line < PANEL)
+                AllProducts<PARTIAL_DEPTH, LoadAhead>::BY_ROWS[count](block, b + column, b_row, depth, target,
+                                                                      c_row, add, {next + line, b_row});
+            else
+                AllProducts<PARTIAL_DEPTH>::BY_ROWS[count](block, b + column, b_row, depth, target, c_row,
+                                                           add, {});
+        }
         row += count;
     }
 }

@@ -9,8 +9,8 @@
 
 namespace glide_fast {
 
-// What lives at the same time: packed weights, what all threads of a call share, what each has for itself.
-enum class ScratchUse { WEIGHTS, SHARED, OWN };
+// What lives at the same time: packed weights, results between two phases, what a task needs beside them.
+enum class ScratchUse { WEIGHTS, BETWEEN, OWN };
 
 // At least `floats` uninitialised floats from the beginning of a cache line, until this thread asks again for
 // the same use.
