@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glide_fast.diffusion.process import GaussianDiffusion, Prediction
@@ -46,10 +47,9 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     inverse_scale = torch.exp(-log_scales)
     upper = approximate_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
     lower = approximate_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
-    darkest = _safe_log(upper)
-    brightest = _safe_log(1.0 - lower)
-    between = _safe_log(upper - lower)
-    return torch.where(x < -0.999, darkest, torch.where(x > 0.999, brightest, between))
+    brightest_or_between = torch.where(x > 0.999, 1.0 - lower, upper - lower)
+    probability = torch.where(x < -0.999, upper, brightest_or_between)
+    return torch.log(probability.clamp(min=1e-12))
 
 
 def vlb_term(
@@ -93,7 +93,7 @@ def simple_loss(
         target = x_start
     else:
         target = diffusion.q_posterior(x_start, x_t, t).mean
-    return ((target - values) ** 2).flatten(1).mean(1)
+    return F.mse_loss(values, target, reduction="none").flatten(1).mean(1)
 
 
 def v_weight(diffusion: GaussianDiffusion, t: Tensor, *, largest: float = 20.0) -> Tensor:
@@ -143,7 +143,3 @@ def hybrid_loss(
     mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise) * mse_weight
     vlb = vlb_term(diffusion, frozen, x_start, x_t, t) * weight
     return LossTerms(loss=mse + vlb, mse=mse, vlb=vlb)
-
-
-def _safe_log(probability: Tensor) -> Tensor:
-    return torch.log(probability.clamp(min=1e-12))
