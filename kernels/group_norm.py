@@ -42,6 +42,7 @@ from glide_fast.kernels.group_norm_tiles import (
     slot_moments,
     to_lanes,
 )
+from glide_fast.kernels.moments import statistics as statistics_of
 from glide_fast.kernels.plan import Launch, start
 from glide_fast.ops import dispatch, reference
 from glide_fast.ops.group_norm import resampled_shape
@@ -221,7 +222,11 @@ def normalise(
     memory_format: torch.memory_format,
     saved: Statistics | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """The norm of x and skip side by side, and its statistics; one launch where these are `saved` already."""
+    """The norm of x and skip side by side, and its statistics.
+
+    These are not computed where they are `saved` already, nor read from maps whose moments are at hand.
+    """
+    saved = saved or statistics_of(x, skip, norm.groups, norm.eps)
     call = _Call(norm, x, skip, memory_format, saved)
     if call.y.numel() > 0:
         configurations.run(

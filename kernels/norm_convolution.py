@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glide_fast.kernels import convolution, moments
+from glide_fast.kernels import convolution
 from glide_fast.kernels.convolution_sum import convolve
 from glide_fast.kernels.group_norm import normalise
 from glide_fast.kernels.group_norm_tiles import Norm, Statistics, covered
@@ -39,8 +39,7 @@ def norm_convolution(
         mean, rstd = reference.nothing(x), reference.nothing(x)
     elif covered(x, mode, weight.shape[1]):
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
-        saved = moments.statistics(x, skip, groups, eps)
-        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x), saved=saved)
+        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x))
         mean, rstd = statistics.mean, statistics.rstd
     else:
         result: tuple[Tensor, Tensor, Tensor] = dispatch.default("norm_convolution")(

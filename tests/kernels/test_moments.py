@@ -62,6 +62,19 @@ def test_the_norm_behind_a_convolution_takes_them(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(with_moments[1], without[1]), "the norm computed the same as without moments"
 
 
+def test_a_norm_alone_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = convolved(16, offset=30)
+    arguments = x, 1 + normal(16) / 4, normal(16), None, None, 4, EPS, True, 0
+    with_moments = group_norm.group_norm(*arguments)
+    monkeypatch.setattr(moments, "recall", lambda _: None)
+    without = group_norm.group_norm(*arguments)
+    wide = [each.double() if isinstance(each, Tensor) else each for each in arguments]
+    for one, other, right in zip(with_moments, without, reference.group_norm(*wide), strict=True):
+        assert error(one, right) <= 2e-6
+        assert error(other, right) <= 2e-6
+    assert not torch.equal(with_moments[1], without[1]), "the norm computed the same as without moments"
+
+
 def test_inference_mode_gives_outputs_that_count_their_versions() -> None:
     with torch.inference_mode():
         x = convolved(16)
