@@ -31,7 +31,7 @@ from glide_fast.ops.norm_convolution import convolve as composed
 # Pixels, channels, whether the residual is of half the size, of what is compiled to be measured.
 CASES = ((64, 768, False), (4096, 192, False), (4096, 192, True))
 MOST_RUNS = 128  # of a picture whose moments are left: a norm's programs read as many of each channel
-SHORTEST_RUN = 64  # pixels
+SHORTEST_RUN = 64  # pixels, likewise
 
 
 @triton.jit
@@ -123,8 +123,10 @@ def _plan(y: Tensor, bias: Tensor | None, residual: Tensor | None, configuration
     lanes = min(configuration.columns, tiles.power_of_two(channels))
     blocks = triton.cdiv(channels, lanes)
     kept = moments.pay(pixels) and own.channel == 1
-    most = min(MOST_RUNS, tiles.PROGRAMS // (y.shape[0] * blocks)) if kept else pixels
-    runs, run_pixels = tiles.divide(pixels, SHORTEST_RUN, most)
+    runs, run_pixels = tiles.divide(pixels, configuration.rows, pixels)
+    if kept:
+        most = min(MOST_RUNS, tiles.PROGRAMS // (y.shape[0] * blocks))
+        runs, run_pixels = tiles.divide(pixels, SHORTEST_RUN, most)
     left, means, squares = None, y, y
     if kept:
         values = y.new_empty((2, y.shape[0], runs, channels), dtype=torch.float32)
