@@ -93,7 +93,7 @@ class OneLaunchAdamW(torch.optim.AdamW):
         copies = {} if copies is None else copies
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         kinds = [None if each.grad is None else (each.grad.dtype, each in copies) for each in every]
-        key = (id(ema), *kinds)
+        key = (id(ema), *(id(copy) for copy in copies.values()), *kinds)
         if self._found is None or self._found.key != key:
             self._found = self._find(kinds, ema, copies, key)
         for moving in self._found.launches:
