@@ -2,6 +2,7 @@
 
 python -m bench.profile                        the U-Nets of the README's table
 python -m bench.profile glide-base --steps 5   one of them
+python -m bench.profile --docs                 also writes the tables into docs/cpu.md
 
 A 3x3 convolution has two rates: what it would take to compute it directly, and the products that Winograd's
 method leaves, which are what the peak limits. Ops are timed one by one, so that the rest is what lies between
@@ -15,20 +16,23 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.machine import peak_gflops
+from bench.machine import facts
+from bench.marked import Markers
 from bench.networks import step, text_step
 from bench.subject import Subject
 from glide_fast.models.presets import preset
 from glide_fast.ops import flops as _formulas  # noqa: F401 (they count our ops)
 from glide_fast.ops.convolution_cpu import winograd_tile
 
+DOCS = Path(__file__).parents[1] / "docs" / "cpu.md"
+PLACE = Markers.of("profile", "python -m bench.profile --docs")
 BATCHES = {"glide-base": 2, "glide-upsample": 1, "guided-64x64-diffusion": 4}
 _FEWEST_MICROSECONDS = 20  # of an op of PyTorch's own that gets a row
 
@@ -134,20 +138,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description="Where a step's time goes.")
     parser.add_argument("models", nargs="*", default=list(BATCHES), help=", ".join(BATCHES))
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/cpu.md")
     chosen = parser.parse_args()
     unknown = set(chosen.models) - set(BATCHES)
     if unknown:
         parser.error(f"no model {', '.join(sorted(unknown))}; choose among {', '.join(BATCHES)}")
-    peak, probe = peak_gflops(torch.get_num_threads())
+    machine = facts()
+    peak = float(machine["peak_gflops"])
+    parts = [
+        f"{machine['device']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"peak {peak:.0f} GFLOP/s ({machine['peak_probe']})."
+    ]
     for name in chosen.models:
         config, batch = preset(name).unet, BATCHES[name]
         subject = step(config, batch) if config.text is None else text_step(config, batch)
         spent, whole = measure(subject, chosen.steps)
-        print(
-            f"\n{name}, batch {batch}: {1e3 * whole:.0f} ms a step; peak {peak:.0f} GFLOP/s by {probe},"
-            f" {torch.get_num_threads()} threads\n"
-        )
-        print("\n".join(lines(spent, chosen.steps, whole, peak)))
+        parts.append(f"**{name}**, batch {batch}: {1e3 * whole:.0f} ms a step.")
+        parts.append("\n".join(lines(spent, chosen.steps, whole, peak)))
+    text = "\n\n".join(parts)
+    print(text)
+    if chosen.docs:
+        PLACE.fill(DOCS, text)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.marked import Markers
 from bench.rows import MemoryRow, Record, SpeedRow
 from bench.timing import Spread
-from glide_fast.files import replacing
 
-BEGIN, END = "<!-- bench: begin, written by make bench -->", "<!-- bench: end -->"
+PLACE = Markers.of("bench", "make bench")
 README_SUITES = ("models", "sampling", "training", "end to end")
 _SPEED_HEAD = (
     "case",
@@ -53,14 +53,7 @@ def update_readme(path: Path, record: Record, pictures: str) -> None:
         raise ValueError("a quick run measures reduced shapes; run the whole suites to update the README")
     if record.red:
         raise ValueError(f"a gate was red ({record.red[0]}); the README keeps what it says")
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r} once each, in this order")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    parts = [part for part in (short_table(record), pictures) if part]
-    content = "\n\n".join([before + BEGIN, *parts, END]) + after
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    PLACE.fill(path, "\n\n".join(part for part in (short_table(record), pictures) if part))
 
 
 def _rest(record: Record) -> list[str]:

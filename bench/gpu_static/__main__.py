@@ -53,7 +53,7 @@ def main() -> int:
     if chosen.docs:
         if drawn:
             shutil.copy(chosen.out / "gpu_work.png", ROOT / "docs" / "gpu_work.png")
-        report.update(ROOT / "docs" / "gpu.md", words)
+        report.PLACE.fill(ROOT / "docs" / "gpu.md", words)
     missed = [count.step for count in found.counts if count.meets is False]
     for step in missed:
         print(f"MISSED {step}", file=sys.stderr)

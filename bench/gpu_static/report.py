@@ -10,10 +10,11 @@ from typing import Any
 
 from bench.gpu_static.launches import Launch, Totals
 from bench.gpu_static.prediction import Prediction
+from bench.marked import Markers
 from bench.report import markdown
 from glide_fast.files import replacing
 
-BEGIN, END = "<!-- gpu: begin, written by make bench-gpu-static -->", "<!-- gpu: end -->"
+PLACE = Markers.of("gpu", "make bench-gpu-static")
 SIDES = ("ours", "the original", "Inductor")
 SHOWN = 12  # rows of the table of operators
 _COUNT_HEAD = ("step", "by", "calls", "GB", "kernels", "GB", "TFLOP", "goal: calls, GB")
@@ -198,17 +199,3 @@ def _errors(rows: Iterable[dict[str, Any]]) -> str:
             for row in rows
         ),
     )
-
-
-def update(path: Path, content: str) -> None:
-    """Put the content between a file's two markers.
-
-    Raises:
-        ValueError: a marker is missing or out of place.
-    """
-    whole = path.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-        raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r} once each, in this order")
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    with replacing(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n\n{content}\n{END}{after}", encoding="utf-8")

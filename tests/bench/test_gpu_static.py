@@ -121,6 +121,7 @@ def test_a_counted_step_has_its_weights_as_they_are_placed() -> None:
             assert one.dtype is other.dtype, name
 
 
+BEGIN, END = report.PLACE
 LAUNCHES = [Launch("a", "op", 3000, 0), Launch("b", "op", 30, 79_000_000, half=True, further=True)]
 
 
@@ -177,17 +178,17 @@ def test_findings_are_written_as_json_and_between_markers(tmp_path: Path) -> Non
     assert content["counts"][0]["totals"]["calls"] == 1
     assert content["labels"] == report.LABELS
     page = tmp_path / "gpu.md"
-    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")
-    report.update(page, "new")
-    assert page.read_text(encoding="utf-8") == f"above\n{report.BEGIN}\n\nnew\n{report.END}\nbelow\n"
-    page.write_text(report.BEGIN, encoding="utf-8")
+    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
+    report.PLACE.fill(page, "new")
+    assert page.read_text(encoding="utf-8") == f"above\n{BEGIN}\n\nnew\n\n{END}\nbelow\n"
+    page.write_text(BEGIN, encoding="utf-8")
     with pytest.raises(ValueError, match="once each, in this order"):
-        report.update(page, "new")
+        report.PLACE.fill(page, "new")
 
 
 def test_the_page_has_the_markers() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    assert text.count(BEGIN) == text.count(END) == 1
 
 
 def test_a_compilers_rows_are_kept_and_its_failure_told() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from bench import __main__ as program
 from bench import memory
-from bench.report import BEGIN
+from bench.report import PLACE
 
 ROOT = Path(__file__).parents[2]
 CASE = "attention block 128, 16x16 + text"
@@ -80,7 +80,7 @@ def test_a_part_of_the_suites_does_not_change_the_readme(
     monkeypatch.setattr(sys, "argv", ["bench", "--readme", *arguments])
     assert program.main() == 2
     assert "needs a whole run" in capsys.readouterr().err
-    assert BEGIN in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PLACE.begin in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_suite_has_its_file() -> None:

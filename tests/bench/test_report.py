@@ -25,6 +25,8 @@ DUEL = Duel(ours=[1.0, 2.0, 1.0], peer=[3.0, 3.0, 4.0], ours_memory=3 << 20, pee
 LABELS = Labels(suite="models", case="a step", peer="upstream", work=3e11, intensity=100.0)
 ROW = SpeedRow.of(LABELS, DUEL, (0.5, 0.25), FACTS)
 
+BEGIN, END = report.PLACE
+
 
 def record() -> Record:
     return Record(
@@ -72,11 +74,11 @@ def test_the_table_has_every_row_the_reasons_and_the_machine() -> None:
 
 def test_the_readme_is_updated_between_its_markers_and_only_there(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n\n{report.BEGIN}\nold numbers\n{report.END}\n\nbelow\n", encoding="utf-8")
+    readme.write_text(f"above\n\n{BEGIN}\nold numbers\n{END}\n\nbelow\n", encoding="utf-8")
     report.update_readme(readme, record(), "![a plot](plot.png)")
     once = readme.read_text(encoding="utf-8")
-    assert once.startswith(f"above\n\n{report.BEGIN}\n")
-    assert once.endswith(f"{report.END}\n\nbelow\n")
+    assert once.startswith(f"above\n\n{BEGIN}\n")
+    assert once.endswith(f"{END}\n\nbelow\n")
     assert "old numbers" not in once
     assert "a step" in once
     assert "an op" not in once
@@ -93,15 +95,13 @@ def test_the_readme_stays_after_a_quick_run_or_a_red_gate(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         report.update_readme(readme, replace(record(), **change), "")  # type: ignore[arg-type]
-    assert readme.read_text(encoding="utf-8") == f"{report.BEGIN}\n{report.END}\n"
+    assert readme.read_text(encoding="utf-8") == f"{BEGIN}\n{END}\n"
 
 
-@pytest.mark.parametrize(
-    "text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", 2 * (report.BEGIN + report.END)]
-)
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", 2 * (BEGIN + END)])
 def test_a_readme_without_its_markers_is_refused(tmp_path: Path, text: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text, encoding="utf-8")
@@ -111,7 +111,7 @@ def test_a_readme_without_its_markers_is_refused(tmp_path: Path, text: str) -> N
 
 def test_this_readme_has_the_markers() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    assert text.count(BEGIN) == text.count(END) == 1
 
 
 def test_plots_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
