@@ -52,7 +52,6 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention", ("sm_80", "sm_120"), 32, 64, Configuration(32, 32, 4, 2)),
     ("attention", None, 32, 64, Configuration(64, 32, 4, 2)),
     ("attention", ("sm_100",), 32, 128, Configuration(64, 32, 8, 2)),
-    ("attention", ("sm_80",), 32, 128, Configuration(32, 32, 4, 2)),
     ("attention", None, 32, 128, Configuration(16, 32, 4, 1)),
     ("attention_of_many", ("sm_90", "sm_100"), 16, 32, Configuration(64, 64, 4, 2)),
     ("attention_of_many", ("sm_90", "sm_100"), 16, 128, Configuration(128, 64, 8, 2)),
