@@ -79,12 +79,12 @@ CASES: dict[str, dict[str, Callable[[], Arguments]]] = {
         "2x7x512": lambda: (_normal(2, 7, 512), 1 + 0.1 * _normal(512), 0.1 * _normal(513)[1:], 1e-5),
     },
     "linear": {
-        "33x192 x 96, residual": lambda: (
-            _normal(33, 192),
+        "97x192 x 96, residual": lambda: (
+            _normal(97, 192),
             None,
             _normal(96, 192) / 14,
             _normal(96),
-            _normal(33, 96),
+            _normal(97, 96),
             0,
         ),
     },
