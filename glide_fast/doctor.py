@@ -18,7 +18,10 @@ OPTIONAL = {
     "emoji": "train",
     "matplotlib": "train",
 }  # package -> the extra that brings it
-MODELS = ("emoji_base.safetensors", "emoji_upsampler.safetensors")
+MODELS = (
+    *("emoji_base.safetensors", "emoji_upsampler.safetensors", "emoji_inpaint.safetensors"),
+    *("emoji_clip.safetensors", "emoji_judge.safetensors"),
+)
 
 
 def versions() -> dict[str, str]:

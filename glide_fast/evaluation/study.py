@@ -61,7 +61,7 @@ class StudySettings:
         ValueError: too few seeds for an interval, too few captions, or scales that are not increasing.
     """
 
-    captions: int = 200
+    captions: int = 150
     """Pictures at each scale for each seed."""
     seeds: int = 5
     """Repetitions, at least 3."""
@@ -73,7 +73,7 @@ class StudySettings:
     """Pictures painted at a time."""
     classifier_free: tuple[float, ...] = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
     """Scales of classifier-free guidance, above 1."""
-    clip: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    clip: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
     """Scales of CLIP guidance, above 0."""
     neighbours: int = 3
     """Of precision and recall."""
