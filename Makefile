@@ -16,7 +16,7 @@ PEERS := $(VENV)/peers
 DEVICE ?= cpu
 BENCH ?= $(if $(filter cpu,$(DEVICE)),--readme)
 FONT := $(VENV)/font
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*) tests/cuda_threads.cpp
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*) tests/cuda_threads.cpp tests/one_core_convolution.cpp
 
 .PHONY: demo test lint bench bench-gpu-static study format clean
 .DELETE_ON_ERROR:

@@ -16,8 +16,10 @@ constexpr int64_t WIDTH = 2 * LANES;
 // Partial sums over so many products are added up, so that the error of a sum grows with the number of
 // partial sums and not with its length. Winograd's domain, whose way back enlarges errors, needs short ones.
 constexpr int64_t LONG_SUMS = 128, SHORT_SUMS = 32;
-#if VECTOR_BYTES == 64 || defined(__aarch64__)
+#if VECTOR_BYTES == 64
 constexpr int64_t MAX_ROWS = 12;  // of 32 registers 24 accumulate
+#elif defined(__aarch64__)
+constexpr int64_t MAX_ROWS = 10;  // of 32 registers 20: factors are in registers, too
 #else
 constexpr int64_t MAX_ROWS = 6;  // of 16 registers 12 accumulate
 #endif
