@@ -1,6 +1,6 @@
 """Where a step's time goes: every op by the size of its maps, its rate, and the share of the machine's peak.
 
-python -m bench.profile                        the U-Nets of the README's table
+python -m bench.profile                        the U-Nets of the README's table, and the embedded pipeline
 python -m bench.profile glide-base --steps 5   one of them
 python -m bench.profile --docs                 also writes the tables into docs/cpu.md
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import pictures
 from bench.machine import facts
 from bench.marked import Markers
 from bench.networks import step, text_step
-from bench.subject import Subject
 from glide_fast.models.presets import preset
 from glide_fast.ops import flops as _formulas  # noqa: F401 (they count our ops)
 from glide_fast.ops.convolution_cpu import winograd_tile
 
+EMBEDDED, EMBEDDED_STEPS = "embedded", 20
 DOCS = Path(__file__).parents[1] / "docs" / "cpu.md"
 PLACE = Markers.of("profile", "python -m bench.profile --docs")
-BATCHES = {"glide-base": 2, "glide-upsample": 1, "guided-64x64-diffusion": 4}
+BATCHES = {"glide-base": 2, "glide-upsample": 1, "guided-64x64-diffusion": 4, EMBEDDED: 4}
 _FEWEST_MICROSECONDS = 20  # of an op of PyTorch's own that gets a row
 
 
@@ -102,17 +103,26 @@ def _size(name: str, output: Tensor) -> str:
     return "x".join(map(str, sizes))
 
 
-def measure(subject: Subject, steps: int) -> tuple[dict[tuple[str, str], Spent], float]:
-    """What the ops of ``steps`` steps took, and the median step alone in seconds."""
-    subject.ours()
+def subject_of(name: str) -> Callable[[], object]:
+    """A step of a published network, or the sampling of the embedded pipeline, as the suites have it."""
+    batch = BATCHES[name]
+    if name == EMBEDDED:
+        return pictures.sampling(pictures.ours(), batch, EMBEDDED_STEPS)
+    config = preset(name).unet
+    return (step(config, batch) if config.text is None else text_step(config, batch)).ours
+
+
+def measure(call: Callable[[], object], steps: int) -> tuple[dict[tuple[str, str], Spent], float]:
+    """What the ops of ``steps`` calls took, and the median call alone in seconds."""
+    call()
     whole = []
     watch = Stopwatch()
     for _ in range(steps):
         start = time.perf_counter()
-        subject.ours()
+        call()
         whole.append(time.perf_counter() - start)
         with watch:
-            subject.ours()
+            call()
     return watch.spent, sorted(whole)[steps // 2]
 
 
@@ -150,10 +160,9 @@ def main() -> None:
         f"peak {peak:.0f} GFLOP/s ({machine['peak_probe']})."
     ]
     for name in chosen.models:
-        config, batch = preset(name).unet, BATCHES[name]
-        subject = step(config, batch) if config.text is None else text_step(config, batch)
-        spent, whole = measure(subject, chosen.steps)
-        parts.append(f"**{name}**, batch {batch}: {1e3 * whole:.0f} ms a step.")
+        spent, whole = measure(subject_of(name), chosen.steps)
+        what = f"{EMBEDDED_STEPS} steps of both stages" if name == EMBEDDED else "a step"
+        parts.append(f"**{name}**, batch {BATCHES[name]}: {1e3 * whole:.0f} ms for {what}.")
         parts.append("\n".join(lines(spent, chosen.steps, whole, peak)))
     text = "\n\n".join(parts)
     print(text)
