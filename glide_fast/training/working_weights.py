@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glide_fast.models.configs import Config
+from glide_fast.training.blank_pass import storage_key, training_loss, training_model
 from glide_fast.training.config import TrainConfig
 from glide_fast.training.distributed import World
-from glide_fast.training.trace import storage_key, training_loss, training_model
 
 
 class WorkingWeights:
