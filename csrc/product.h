@@ -66,17 +66,17 @@ void product(Matrix a, const float* b, int64_t b_row, int64_t depth, float* c, i
 template <typename Beside>
 using Product = void (*)(Matrix, const float*, int64_t, int64_t, float*, int64_t, bool, Beside);
 
+// Products of 1 to ROWS rows, by their number.
+template <typename Beside, int64_t PARTIAL_DEPTH, int64_t ROWS, int64_t... MORE>
+struct Products : Products<Beside, PARTIAL_DEPTH, ROWS - 1, ROWS, MORE...> {};
+
 template <typename Beside, int64_t PARTIAL_DEPTH, int64_t... ROWS>
-struct Products {
+struct Products<Beside, PARTIAL_DEPTH, 0, ROWS...> {
     static constexpr Product<Beside> BY_ROWS[] = {nullptr, product<PARTIAL_DEPTH, ROWS, Beside>...};
 };
-#if VECTOR_BYTES == 64 || defined(__aarch64__)
+
 template <int64_t PARTIAL_DEPTH, typename Beside = NothingBeside>
-using AllProducts = Products<Beside, PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
-#else
-template <int64_t PARTIAL_DEPTH, typename Beside = NothingBeside>
-using AllProducts = Products<Beside, PARTIAL_DEPTH, 1, 2, 3, 4, 5, 6>;
-#endif
+using AllProducts = Products<Beside, PARTIAL_DEPTH, MAX_ROWS>;
 
 // Begins to load a cache line of a row of B with each step in depth.
 struct LoadAhead {

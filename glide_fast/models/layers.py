@@ -72,7 +72,7 @@ class _FollowsInput(nn.modules.conv._ConvNd):
         if self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1):
             return ops.norm_convolution(x, self.weight.to(x.dtype), bias, residual=residual)
         h = self._conv_forward(x, self.weight.to(x.dtype), bias)
-        return h if residual is None else h + _matched(residual, h)
+        return _plus(h, residual)
 
 
 class Conv1d(_FollowsInput, nn.Conv1d):
@@ -168,7 +168,7 @@ def activated_convolution(
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
-        return h if residual is None else h + _matched(residual, h)
+        return _plus(h, residual)
     own: Any = convolution
     bias = own.bias.to(x.dtype)
     return ops.norm_convolution(
@@ -191,11 +191,14 @@ def _convolution_beside(residual: Tensor | None, convolution: nn.Module, x: Tens
     if type(convolution) in CONVOLUTIONS.values() and not is_watched(convolution):
         return convolution(x, residual)  # type: ignore[no-any-return]
     h: Tensor = convolution(x)
-    return h if residual is None else h + _matched(residual, h)
+    return _plus(h, residual)
 
 
-def _matched(residual: Tensor, h: Tensor) -> Tensor:
-    return residual if residual.shape[2:] == h.shape[2:] else resample_nearest(residual, "up")
+def _plus(h: Tensor, residual: Tensor | None) -> Tensor:
+    """Their sum; a residual of half the size is doubled."""
+    if residual is None:
+        return h
+    return h + (residual if residual.shape[2:] == h.shape[2:] else resample_nearest(residual, "up"))
 
 
 def resample_nearest(x: Tensor, resample: Resample) -> Tensor:

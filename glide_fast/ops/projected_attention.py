@@ -8,6 +8,7 @@ gradients of views would be put together by a copy, which a kernel that writes t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -45,32 +46,22 @@ def _together(gradients: tuple[Tensor, ...], by_head: bool) -> Tensor:
     return torch.stack(gradients, dim=3 if by_head else 2).flatten(2)
 
 
-def _reference_backward(
-    grad: Tensor,
-    projection: Tensor,
-    text: Tensor | None,
-    output: Tensor,
-    log_sum: Tensor,
-    heads: int,
-    by_head: bool,
-) -> tuple[Tensor, Tensor]:
-    views = views_of(projection, text, heads, by_head)
-    found: Any = reference.attention_backward(grad, *views, output, log_sum)
-    return _gradients(found, projection, text, by_head)
+def _by_parts(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op by a backward pass of attention, whose gradients are put together."""
 
+    def projected_attention_backward(
+        grad: Tensor,
+        projection: Tensor,
+        text: Tensor | None,
+        output: Tensor,
+        log_sum: Tensor,
+        heads: int,
+        by_head: bool,
+    ) -> tuple[Tensor, Tensor]:
+        found = backward(grad, *views_of(projection, text, heads, by_head), output, log_sum)
+        return _gradients(found, projection, text, by_head)
 
-def composed_backward(
-    grad: Tensor,
-    projection: Tensor,
-    text: Tensor | None,
-    output: Tensor,
-    log_sum: Tensor,
-    heads: int,
-    by_head: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the device's attention, put together."""
-    found = BACKWARD_OF_PARTS(grad, *views_of(projection, text, heads, by_head), output, log_sum)
-    return _gradients(found, projection, text, by_head)
+    return projected_attention_backward
 
 
 def _gradients(
@@ -96,9 +87,9 @@ BACKWARD = define(
     "projected_attention_backward",
     "(Tensor grad, Tensor projection, Tensor? text, Tensor output, Tensor log_sum, int heads, bool by_head)"
     " -> (Tensor, Tensor)",
-    _reference_backward,
+    _by_parts(reference.attention_backward),
     _fake_backward,
-    default=composed_backward,
+    default=_by_parts(BACKWARD_OF_PARTS),
 )
 
 
