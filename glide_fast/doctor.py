@@ -18,10 +18,7 @@ OPTIONAL = {
     "emoji": "train",
     "matplotlib": "train",
 }  # package -> the extra that brings it
-MODELS = (
-    *("emoji_base.safetensors", "emoji_upsampler.safetensors", "emoji_inpaint.safetensors"),
-    *("emoji_clip.safetensors", "emoji_judge.safetensors"),
-)
+MODELS = tuple(f"emoji_{name}.safetensors" for name in ("base", "upsampler", "inpaint", "clip", "judge"))
 
 
 def versions() -> dict[str, str]:

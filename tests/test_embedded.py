@@ -15,7 +15,8 @@ from glide_fast.config import load_toml
 from glide_fast.data.emoji import load_emoji, split
 from glide_fast.data.images import load_image
 from glide_fast.evaluation import clip_captions, clip_features, r_precision
-from glide_fast.evaluation.study import GUIDE, JUDGE
+from glide_fast.evaluation.extractors import EMBEDDED_JUDGE
+from glide_fast.evaluation.study import GUIDE
 from glide_fast.models import NoisyCLIP, load_model, load_network
 from glide_fast.sampling import PerImageNoise
 from glide_fast.sampling.editing import inpaint
@@ -34,7 +35,7 @@ FILES = {
     "emoji_upsampler": ASSETS / "emoji_upsampler.safetensors",
     "emoji_inpaint": EMBEDDED_INPAINTING[0],
 }
-CLIPS = {"emoji_clip": GUIDE, "emoji_judge": JUDGE}
+CLIPS = {"emoji_clip": GUIDE, "emoji_judge": EMBEDDED_JUDGE}
 
 
 @pytest.mark.parametrize("name", FILES)

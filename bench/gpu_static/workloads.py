@@ -54,13 +54,30 @@ class Workload:
 
 def halved(network: Network, chosen: Callable[[str, nn.Module], bool]) -> Network:
     """The network for inference, the parameters of the chosen modules in float16."""
+
+    def value(name: str, module: nn.Module, parameter: Tensor) -> Tensor:
+        return parameter.half() if chosen(name, module) else parameter
+
+    return _remade(network, value).requires_grad_(False).eval()
+
+
+def channels_last(network: Network) -> Network:
+    """The network laid out as the trainer has it; tensors without memory cannot be so by ``to``."""
+
+    def value(_name: str, _module: nn.Module, parameter: Tensor) -> Tensor:
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        return parameter.contiguous(memory_format=layout)
+
+    return _remade(network, value)
+
+
+def _remade(network: Network, value: Callable[[str, nn.Module, Tensor], Tensor]) -> Network:
+    """The network with other parameters in place of its own."""
     for name, module in network.named_modules():
-        dtype = torch.float16 if chosen(name, module) else None
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
-                value = parameter.detach().to(dtype or parameter.dtype)
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
-    return network.eval()
+                module._parameters[key] = nn.Parameter(value(name, module, parameter.detach()))
+    return network
 
 
 def in_blocks(name: str, module: nn.Module) -> bool:
@@ -192,16 +209,6 @@ def _optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
-
-
-def channels_last(network: Network) -> Network:
-    """The network laid out as the trainer has it; tensors without memory cannot be so by ``to``."""
-    for module in network.modules():
-        for key, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.ndim == 4:
-                value = parameter.detach().contiguous(memory_format=torch.channels_last)
-                module._parameters[key] = nn.Parameter(value)
-    return network
 
 
 class _Learner:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from glide_fast.data.dataset import CaptionedPictures
 from glide_fast.data.images import to_uint8
 from glide_fast.evaluation.drawing import DrawingPlan, draw, read_drawing
+from glide_fast.evaluation.extractors import EMBEDDED_JUDGE
 from glide_fast.evaluation.features import clip_captions, clip_features
 from glide_fast.evaluation.metrics import fid, r_precision
 from glide_fast.evaluation.nearest import nearest_rank, squared_distances
@@ -46,7 +47,6 @@ from glide_fast.training.distributed import World
 
 Kind = Literal["plain", "classifier-free", "clip", "data"]
 GUIDE = ASSETS / "emoji_clip.safetensors"
-JUDGE = ASSETS / "emoji_judge.safetensors"
 SIZE = 32  # pixels, of the embedded base model
 SEED_STRIDE = 100_000  # so that no two seeds share a picture's noise
 DISTRACTORS = 99
@@ -125,7 +125,7 @@ class Models:
     """The text model that paints."""
     guide: Path = GUIDE
     """The noise-aware CLIP that guides."""
-    judge: Path = JUDGE
+    judge: Path = EMBEDDED_JUDGE
     """The CLIP that judges."""
 
     def check(self) -> None:
