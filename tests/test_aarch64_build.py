@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).parents[1]
 TARGET = "aarch64-linux-gnu"
@@ -19,14 +17,6 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 pytestmark = pytest.mark.skipif(
     GXX is None or OBJDUMP is None, reason=f"no {TARGET}-g++: NEON is not compiled on this machine"
 )
-
-
-@pytest.fixture(scope="module")
-def build() -> dict[str, Any]:
-    """What setup.py defines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def call(*command: str | Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,20 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
 import torch
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 NM = shutil.which("nm")
-
-
-@pytest.fixture(scope="module")
-def build() -> dict[str, Any]:
-    """What setup.py defines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.fixture(scope="module")

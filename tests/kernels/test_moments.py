@@ -48,31 +48,34 @@ def test_two_maps_side_by_side(groups: int, offset: float) -> None:
     assert error(kept.rstd, right[1]) <= (2e-6 if offset == 0 else 1e-5)
 
 
+def assert_taken(
+    monkeypatch: pytest.MonkeyPatch,
+    op: Callable[..., tuple[Tensor, ...]],
+    exact: Callable[..., tuple[Tensor, ...]],
+    arguments: tuple[object, ...],
+) -> None:
+    """The op is right with moments and without, and its statistics are not the same."""
+    with_moments = op(*arguments)
+    monkeypatch.setattr(moments, "recall", lambda _: None)
+    without = op(*arguments)
+    wide = [each.double() if isinstance(each, Tensor) else each for each in arguments]
+    for one, other, right in zip(with_moments, without, exact(*wide), strict=True):
+        assert error(one, right) <= 2e-6
+        assert error(other, right) <= 2e-6
+    assert not torch.equal(with_moments[1], without[1]), "the norm computed the same as without moments"
+
+
 def test_the_norm_behind_a_convolution_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = convolved(16), normal(8, 16, 3, 3) / 12
     forward = x, None, 1 + normal(16) / 4, normal(16), None, None, 4, EPS, 0, weight, None, None
     chosen.choose([weight])
-    with_moments = norm_convolution.norm_convolution(*forward)
-    monkeypatch.setattr(moments, "recall", lambda _: None)
-    without = norm_convolution.norm_convolution(*forward)
-    wide = [each.double() if isinstance(each, Tensor) else each for each in forward]
-    for one, other, right in zip(with_moments, without, reference.norm_convolution(*wide), strict=True):
-        assert error(one, right) <= 2e-6
-        assert error(other, right) <= 2e-6
-    assert not torch.equal(with_moments[1], without[1]), "the norm computed the same as without moments"
+    assert_taken(monkeypatch, norm_convolution.norm_convolution, reference.norm_convolution, forward)
 
 
 def test_a_norm_alone_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     x = convolved(16, offset=30)
     arguments = x, 1 + normal(16) / 4, normal(16), None, None, 4, EPS, True, 0
-    with_moments = group_norm.group_norm(*arguments)
-    monkeypatch.setattr(moments, "recall", lambda _: None)
-    without = group_norm.group_norm(*arguments)
-    wide = [each.double() if isinstance(each, Tensor) else each for each in arguments]
-    for one, other, right in zip(with_moments, without, reference.group_norm(*wide), strict=True):
-        assert error(one, right) <= 2e-6
-        assert error(other, right) <= 2e-6
-    assert not torch.equal(with_moments[1], without[1]), "the norm computed the same as without moments"
+    assert_taken(monkeypatch, group_norm.group_norm, reference.group_norm, arguments)
 
 
 def test_inference_mode_gives_outputs_that_count_their_versions() -> None:

@@ -21,22 +21,11 @@ from glide_fast.training.log import NO_LOSSES
 from glide_fast.training.loop import Trainer
 from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients, new_optimizer
 from glide_fast.training.scaling import LossScale
-from tests.training.tiny import assert_identical, log_without_speed, snapshot, tiny_config
+from tests.training.tiny import TASKS, assert_identical, awake, log_without_speed, snapshot, tiny_config
 from tests.training.worlds import World
 
 HALF = {"compute_dtype": "float16"}
-TASKS = ("base", "upsampler", "inpaint", "adm", "classifier", "clip")
 EAGER = ScalingConfig(initial=LARGEST_SCALE)
-
-
-def awake(trainer: Trainer) -> Trainer:
-    """With output layers that do not start at zero, so that every layer learns from the first step on."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.1)
-    return trainer
 
 
 @pytest.mark.parametrize("task", TASKS)

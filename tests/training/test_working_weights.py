@@ -15,20 +15,9 @@ from glide_fast.training.distributed import World
 from glide_fast.training.loop import Trainer
 from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients, norm_of, update
 from glide_fast.training.working_weights import WorkingWeights, converted_names, widen_gradients
-from tests.training.tiny import assert_identical, snapshot, tiny_config
+from tests.training.tiny import TASKS, assert_identical, awake, snapshot, tiny_config
 
-TASKS = ("base", "upsampler", "inpaint", "adm", "classifier", "clip")
 HALF = ("bfloat16", "float16")
-
-
-def awake(trainer: Trainer) -> Trainer:
-    """With output layers that do not start at zero, so that every layer learns from the first step on."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.1)
-    return trainer
 
 
 def converting(trainer: Trainer) -> Trainer:

@@ -20,6 +20,7 @@ from glide_fast.training.loop import Trainer
 
 CAPTIONS = ("red apple", "dog face", "rocket", "sun", "key", "pizza", "cat", "house", "fire", "bicycle")
 SIZE, CLASSES = 8, 3
+TASKS = ("base", "upsampler", "inpaint", "adm", "classifier", "clip")
 TINY_CLIP = NoisyCLIPConfig(
     embedding=16,
     image_size=SIZE,
@@ -128,3 +129,13 @@ def finished(directory: Path) -> dict[str, bytes]:
     names = ["model.safetensors", "loss.png", "config.json"]
     files = [directory / name for name in names] + sorted((directory / "samples").glob("step-*.png"))
     return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
+def awake(trainer: Trainer) -> Trainer:
+    """With output layers that do not start at zero, so that every layer learns from the first step on."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.1)
+    return trainer
