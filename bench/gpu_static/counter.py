@@ -28,7 +28,10 @@ from bench.gpu_static.launches import Launch, is_half, moved
 
 CAPABILITY = (9, 0)  # of the device that is counted for
 # CUDA has kernels of these, for which a decomposition would be found.
-_WHOLE = {torch.ops.aten.upsample_nearest2d, torch.ops.aten.upsample_bilinear2d}
+_WHOLE = {
+    *(torch.ops.aten.upsample_nearest2d, torch.ops.aten.upsample_bilinear2d),
+    torch.ops.aten.silu_backward,
+}
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -93,6 +96,11 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.launches.append(Launch(name, "triton", bytes_, flops, is_half(tensors), further))
 
 
+def _without_memory(*_: object) -> None:
+    """What nobody calls: the counter sees the operator first."""
+    raise RuntimeError("this torch has no kernels for CUDA; run it with one that has")
+
+
 @contextmanager
 def _device(counter: LaunchCounter) -> Iterator[None]:
     """Make launchers believe in the device, and hand their kernels to the counter."""
@@ -103,6 +111,10 @@ def _device(counter: LaunchCounter) -> Iterator[None]:
             patch(mock.patch.object(torch.cuda, "device", return_value=nullcontext()))
             patch(mock.patch.object(torch.cuda, "current_device", return_value=0))
             patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY))
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
+            # Without a kernel of CUDA's, autograd decomposes it before the counter sees it.
+            library = patch(torch.library._scoped_library("aten", "IMPL"))
+            library.impl("silu_backward", _without_memory, "CUDA")
         try:
             from triton.runtime.jit import JITFunction
         except ImportError:

@@ -49,6 +49,10 @@ def train(layer: nn.Conv2d, x: Tensor) -> None:
     layer(x).sum().backward()
 
 
+def silu_gradient(x: Tensor, grad: Tensor) -> None:
+    torch.autograd.grad(F.silu(x.requires_grad_()), x, grad)
+
+
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     return ops.group_norm(x, weight, weight, groups=2)
 
@@ -70,6 +74,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[..., object]]] = 
     "training": (lambda: (nn.Conv2d(4, 8, 3, padding=1), torch.empty(2, 4, 6, 6)), train),
     "on the host": (lambda: (torch.ones(3, device="cpu"),), lambda x: (x * 2).to("cuda")),
     "upsampling": (lambda: (half(1, 2, 4, 4),), lambda x: F.interpolate(x, scale_factor=2.0)),
+    "SiLU": (lambda: (half(10, 7), half(10, 7)), silu_gradient),
     "many tensors": (
         lambda: ([half(3) for _ in range(100)], [half(3) for _ in range(100)]),
         torch._foreach_add_,

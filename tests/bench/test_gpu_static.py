@@ -73,6 +73,10 @@ def test_a_backward_pass_is_counted_with_its_kernels(counted: dict[str, Any]) ->
     assert "cudnn dgrad" not in kernels
 
 
+def test_the_gradient_of_silu_is_one_kernel(counted: dict[str, Any]) -> None:
+    assert rows(counted, "SiLU") == [("silu", 2 * (70 + 70), 0), ("silu_backward", 2 * (70 + 70 + 70), 0)]
+
+
 def test_multi_tensor_kernels_take_so_many_tensors_and_blocks_at_a_time(counted: dict[str, Any]) -> None:
     assert [moved for _, moved, _ in rows(counted, "many tensors")] == [64 * 3 * 2 * 4, 36 * 3 * 2 * 4]
     assert [moved for _, moved, _ in rows(counted, "large tensor")] == [
