@@ -178,15 +178,17 @@ ParameterGradients parameter_gradients(const GroupNormBackward& problem, bool fi
 }
 
 Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
-                         OptionalTensor shift, Tensor mean, Tensor rstd, bool silu, int64_t mode) {
+                         OptionalTensor shift, Tensor mean, Tensor rstd, bool silu, int64_t mode,
+                         OptionalTensor summand) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     const ScalarType type = x.scalar_type();
     if (!is_served(type)) {
         const auto results = call_reference<5>(
             "glide_fast::group_norm_backward_reference",
-            std::array<StableIValue, 10>{from(grad), from(x), from(weight), from(bias), from(scale),
-                                         from(shift), from(mean), from(rstd), from(silu), from(mode)});
+            std::array<StableIValue, 11>{from(grad), from(x), from(weight), from(bias), from(scale),
+                                         from(shift), from(mean), from(rstd), from(silu), from(mode),
+                                         from(summand)});
         return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2]),
                 to<Tensor>(results[3]), to<Tensor>(results[4])};
     }
@@ -205,6 +207,7 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     mean = as_float(mean);
     rstd = as_float(rstd);
 
+    if (summand) summand = as_float(*summand, format);
     Tensor grad_x = empty(sizes_of(x), format);
     std::vector<double> sums(2 * problem.shape.batch * problem.shape.channels);
     problem.grad = data(grad);
@@ -214,6 +217,7 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     set_film(problem, scale, shift);
     problem.mean = data(mean);
     problem.rstd = data(rstd);
+    problem.summand = data(summand);
     problem.grad_x = mutable_data(grad_x);
     problem.grad_sum = sums.data();
     problem.grad_normal_sum = sums.data() + problem.shape.batch * problem.shape.channels;

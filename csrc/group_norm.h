@@ -35,6 +35,7 @@ struct GroupNormBackward {
     const float *scale, *shift;
     int64_t scale_stride, shift_stride;
     const float *mean, *rstd;
+    const float* summand;  // added to grad_x, laid out like it; or null
     float* grad_x;
     // Sums over the pixels, [B, C]: of the gradient before the affine map, and of it times the normalised x.
     // The gradients of weight, bias, scale and shift are made of them.

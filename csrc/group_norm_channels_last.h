@@ -242,18 +242,20 @@ void differentiate_row(const GroupNormShape& shape, const float* grad, const flo
     }
 }
 
-// grad_x = grad_x * factor - (x - mean) * slope - constant, in place.
+// grad_x = grad_x * factor - (x - mean) * slope - constant + summand, in place.
 // `at` holds factor as gain, slope as rstd and constant as offset.
 template <bool WHOLE>
-void project_row(const float* x, float* grad_x, int64_t pixels, int64_t stride, int64_t lanes,
-                 const Coefficients& at, int64_t c) {
+void project_row(const float* x, const float* summand, float* grad_x, int64_t pixels, int64_t stride,
+                 int64_t lanes, const Coefficients& at, int64_t c) {
     const Vector mean = load_lanes<WHOLE>(at.mean + c, lanes), factor = load_lanes<WHOLE>(at.gain + c, lanes);
     const Vector slope = load_lanes<WHOLE>(at.rstd + c, lanes),
                  constant = load_lanes<WHOLE>(at.offset + c, lanes);
     for (int64_t p = 0; p < pixels; ++p) {
         const Vector deviation = load_lanes<WHOLE>(x + p * stride + c, lanes) - mean;
-        const Vector inner = load_lanes<WHOLE>(grad_x + p * stride + c, lanes);
-        store_lanes<WHOLE>(grad_x + p * stride + c, inner * factor - deviation * slope - constant, lanes);
+        Vector inner = load_lanes<WHOLE>(grad_x + p * stride + c, lanes);
+        inner = inner * factor - deviation * slope - constant;
+        if (summand) inner = inner + load_lanes<WHOLE>(summand + p * stride + c, lanes);
+        store_lanes<WHOLE>(grad_x + p * stride + c, inner, lanes);
     }
 }
 
@@ -267,6 +269,7 @@ void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks
         const Block block = block_of(shape, tasks, task);
         const int64_t at_block = block.picture * pixels * shape.channels + block.first_channel;
         const float* x = problem.x + at_block;
+        const float* summand = problem.summand ? problem.summand + at_block : nullptr;
         float* grad_x = problem.grad_x + at_block;
         const float* grad =
             problem.grad + block.picture * output_pixels(shape) * shape.channels + block.first_channel;
@@ -309,12 +312,14 @@ void backward(const glide_fast::GroupNormBackward& problem, const GroupNormTasks
         }
         for (int64_t first = 0; first < pixels; first += ROW_PIXELS) {
             const int64_t length = smaller(ROW_PIXELS, pixels - first), start = first * shape.channels;
+            const float* added = summand ? summand + start : nullptr;
             for (int64_t c = 0; c < block.channels; c += LANES) {
                 const int64_t lanes = smaller(LANES, block.channels - c);
                 if (lanes == LANES)
-                    project_row<true>(x + start, grad_x + start, length, shape.channels, LANES, at, c);
+                    project_row<true>(x + start, added, grad_x + start, length, shape.channels, LANES, at, c);
                 else
-                    project_row<false>(x + start, grad_x + start, length, shape.channels, lanes, at, c);
+                    project_row<false>(x + start, added, grad_x + start, length, shape.channels, lanes, at,
+                                       c);
             }
         }
     }

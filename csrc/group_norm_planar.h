@@ -178,14 +178,16 @@ void differentiate(const float* grad, const float* x, float* grad_x, int64_t cou
     *normal_sum = normal_total;
 }
 
-// grad_x = grad_x * factor - (x - mean) * slope - constant, in place
-inline void project(const float* x, float* grad_x, int64_t count, float mean, float factor, float slope,
-                    float constant) {
+// grad_x = grad_x * factor - (x - mean) * slope - constant + summand, in place
+inline void project(const float* x, const float* summand, float* grad_x, int64_t count, float mean,
+                    float factor, float slope, float constant) {
     const Vector shift = splat(mean), by = splat(factor), along = splat(slope), minus = splat(constant);
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES)
         store(grad_x + i, load(grad_x + i) * by - (load(x + i) - shift) * along - minus);
     for (; i < count; ++i) grad_x[i] = grad_x[i] * factor - (x[i] - mean) * slope - constant;
+    if (summand)
+        for (i = 0; i < count; ++i) grad_x[i] += summand[i];
 }
 
 template <bool SILU>
@@ -220,7 +222,8 @@ void backward(const glide_fast::GroupNormBackward& problem, int64_t begin, int64
         for (int64_t member = 0; member < members; ++member) {
             const int64_t row = task * members + member;
             const float by = affine_of(problem, picture, first + member).gain * rstd;
-            project(problem.x + row * pixels, problem.grad_x + row * pixels, pixels, mean, by, slope,
+            const float* summand = problem.summand ? problem.summand + row * pixels : nullptr;
+            project(problem.x + row * pixels, summand, problem.grad_x + row * pixels, pixels, mean, by, slope,
                     constant);
         }
     }

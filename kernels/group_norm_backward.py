@@ -11,7 +11,8 @@ made of two sums over the pixels of a channel, S = sum dz and T = sum dz n:
 and dz again, puts its groups' sums together in a fixed order, and its first programs write the parameters'
 gradients. Saved are x, the statistics and nothing else. There are no atomics; all arithmetic is float32.
 
-Bytes of 16-bit maps: 10 an element (x and the gradient twice, dx), of which L2 gives 4 back where they fit.
+Bytes of 16-bit maps: 10 an element (x and the gradient twice, dx), of which L2 gives 4 back where they fit;
+2 more with a summand, which is another path's gradient of x.
 """
 
 from __future__ import annotations
@@ -221,11 +222,12 @@ def write_film(
 @triton.jit
 def dx_kernel(
     x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, grad_x, grad_weight, grad_bias,
-    grad_scale, grad_shift, channel_plane, group_plane, x_batch, x_pixel, step, grad_batch, grad_pixel,
-    grad_step, dx_batch, dx_pixel, dx_step, scale_row, shift_row, batches, pixels, width, height, channels,
-    groups, chunks, parts, blocks, runs, run_pixels,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+    grad_scale, grad_shift, summand, channel_plane, group_plane, x_batch, x_pixel, step, grad_batch,
+    grad_pixel, grad_step, summand_batch, summand_pixel, summand_step, dx_batch, dx_pixel, dx_step,
+    scale_row, shift_row, batches, pixels, width, height, channels, groups, chunks, parts, blocks, runs,
+    run_pixels,
+    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMAND: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients by the first `blocks` programs, those of x and FiLM by the others."""
     block = tl.program_id(0) % blocks
@@ -275,14 +277,21 @@ def dx_kernel(
             pixel = first + tl.arange(0, ROWS)
             at = pixel[:, None] * dx_pixel + (channel * dx_step)[None, :]
             within = (pixel < stop)[:, None] & lanes[None, :]
+            if SUMMAND:
+                near = pixel[:, None] * summand_pixel + (channel * summand_step)[None, :]
+                more = tl.load(summand + picture * summand_batch + near, mask=within, other=0.0)
+                dx += more.to(tl.float32)
             tl.store(grad_x + picture * dx_batch + at, dx.to(grad_x.dtype.element_ty), mask=within)
 
 
 class _Call:
     """One call: its gradients, and the launches that fill them."""
 
-    def __init__(self, norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics) -> None:
+    def __init__(
+        self, norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, summand: Tensor | None
+    ) -> None:
         own, arriving = tiles.as_map(x), tiles.as_map(grad)
+        added = own if summand is None else tiles.as_map(summand)
         self.batch, self.channels = x.shape[:2]
         self.groups = statistics.mean.shape[1]
         self.pixels = tiles.pixels_of(x)
@@ -306,6 +315,8 @@ class _Call:
             "grad_x": self.x, "grad_weight": self.parameters[0], "grad_bias": self.parameters[1],
             "grad_scale": self.film[0], "grad_shift": self.film[1], "dx_batch": written.batch,
             "dx_pixel": written.pixel, "dx_step": written.channel, "batches": self.batch,
+            "summand": added.tensor, "summand_batch": added.batch, "summand_pixel": added.pixel,
+            "summand_step": added.channel, "SUMMAND": summand is not None,
         }  # fmt: skip
 
     @property
@@ -347,15 +358,16 @@ def group_norm_backward(
     rstd: Tensor,
     silu: bool,
     mode: int,
+    summand: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `group_norm_backward`; what the kernels do not cover goes to the default."""
     if not tiles.covered(x, mode):
         result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.default("group_norm_backward")(
-            grad, x, weight, bias, scale, shift, mean, rstd, silu, mode
+            grad, x, weight, bias, scale, shift, mean, rstd, silu, mode, summand
         )
         return result
     norm = Norm(weight, bias, scale, shift, mean.shape[1], 0.0, silu, mode)
-    call = _Call(norm, grad, x, Statistics(mean, rstd))
+    call = _Call(norm, grad, x, Statistics(mean, rstd), summand)
     if x.numel() == 0:
         for each in call.parameters:
             each.zero_()
@@ -375,7 +387,7 @@ def cases(target: str) -> Iterator[Case]:
         x = x.contiguous(memory_format=torch.channels_last)
         norm = Norm.blank(channels, batch=2, film=modulated, mode=mode)
         grad = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=torch.channels_last)
-        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups))
+        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), x)
         for launch in call.launches(configurations.choose("group_norm_backward", target, 16, pixels)):
             name = launch.kernel.__name__.removesuffix("_kernel")
             yield launch.case(f"group_norm_backward {name} {side}²x{channels} film {modulated} mode {mode}")

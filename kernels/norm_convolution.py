@@ -67,6 +67,7 @@ def norm_convolution_backward(
     bias: Tensor | None,
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
@@ -80,7 +81,7 @@ def norm_convolution_backward(
             "norm_convolution_backward"
         )(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight,
+            needs_x, needs_weight, summand,
         )  # fmt: skip
         return result
     ours = needs_x and chosen.is_chosen(weight) and convolution.serves(grad, weight)
@@ -90,5 +91,5 @@ def norm_convolution_backward(
     if ours:
         grad_y = convolution.convolve(grad, weight, turned=True)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
-    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
+    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
     return (*inner, grad_weight, bias_gradient(grad, bias))

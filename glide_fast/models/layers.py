@@ -142,6 +142,13 @@ class GroupNorm(nn.Module):
         )
 
 
+def _is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
+    """Whether a norm and a convolution are one operation: ours, unwatched, not resampling a volume."""
+    volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
+    ours = type(convolution) in CONVOLUTIONS.values()
+    return ours and not volume and not is_watched(norm) and not is_watched(convolution)
+
+
 def activated_convolution(
     norm: Any,
     convolution: nn.Module,
@@ -158,13 +165,7 @@ def activated_convolution(
     One operation, unless the convolution was replaced or a hook watches a layer: then both layers are called.
     """
     scale, offset = (None, None) if film is None else film
-    volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
-    if (
-        type(convolution) not in CONVOLUTIONS.values()
-        or volume
-        or is_watched(norm)
-        or is_watched(convolution)
-    ):
+    if not _is_fused(norm, convolution, x, resample):
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
@@ -183,6 +184,24 @@ def activated_convolution(
         shift=offset,
         resample=resample,
         residual=residual,
+    )
+
+
+def _activated_convolution_beside(
+    norm: Any, convolution: Any, x: Tensor, shift: Tensor | None, resample: Resample
+) -> tuple[Tensor, Tensor]:
+    """:func:`activated_convolution`, and x for the other path, whose gradient joins the norm's of x."""
+    if not _is_fused(norm, convolution, x, resample):
+        return activated_convolution(norm, convolution, x, shift=shift, resample=resample), x
+    bias = convolution.bias.to(x.dtype)
+    return ops.norm_convolution_beside(
+        x,
+        convolution.weight.to(x.dtype),
+        bias if shift is None else bias + shift,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        groups=norm.groups,
+        resample=resample,
     )
 
 
@@ -316,14 +335,12 @@ class ResBlock(nn.Module):
             parts = torch.split(projection, self.modulation_widths, dim=1)
         modulation = [each.to(x.dtype).expand(len(x), -1) for each in parts]
         film = (modulation[0], modulation[1]) if self.scale_shift_norm else None
-        h = activated_convolution(
-            self.in_layers["0"],
-            self.in_layers["2"],
-            x,
-            skip=skip,
-            shift=modulation[0] if film is None else None,
-            resample=self.resample,
-        )
+        first = self.in_layers.values()
+        shift = modulation[0] if film is None else None
+        if skip is None:
+            h, x = _activated_convolution_beside(*first, x, shift, self.resample)
+        else:
+            h = activated_convolution(*first, x, skip=skip, shift=shift, resample=self.resample)
         norm, dropout, convolution = self.out_layers.values()
         residual = None if self._projects else self._residual(x, skip)
         if dropout.p and self.training:
@@ -395,13 +412,21 @@ class AttentionBlock(nn.Module):
 
         The text may come as what each block projects it to, this block's [B, S, 2·C] among them.
         """
-        tokens = pixels_as_tokens(self.norm(x))
+        normal, x = self._normalised(x)
+        tokens = pixels_as_tokens(normal)
         read = None
         if self.encoder_kv is not None and text is not None:
             read = self._projected(self.encoder_kv, text)
         attended = ops.projected_attention(self.qkv(tokens), self.heads, text=read, order=self.order)
         y: Tensor = self.proj_out(attended.flatten(2), residual=pixels_as_tokens(x))
         return y.transpose(1, 2).view_as(x)
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x, and x for the path beside attention."""
+        norm = self.norm
+        if type(norm) is not GroupNorm or is_watched(norm):
+            return norm(x), x
+        return ops.group_norm_beside(x, norm.weight, norm.bias, groups=norm.groups)
 
     def _projected(self, layer: PointwiseConv, text: Tensor | Mapping[nn.Module, Tensor]) -> Tensor:
         if isinstance(text, Mapping):

@@ -9,10 +9,10 @@ from glide_fast.ops.adamw import StepNumbers, adamw
 from glide_fast.ops.attention import attention
 from glide_fast.ops.causal_attention import causal_attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
-from glide_fast.ops.group_norm import Activation, Resample, group_norm
+from glide_fast.ops.group_norm import Activation, Resample, group_norm, group_norm_beside
 from glide_fast.ops.layer_norm import layer_norm
 from glide_fast.ops.linear import LinearActivation, linear
-from glide_fast.ops.norm_convolution import norm_convolution
+from glide_fast.ops.norm_convolution import norm_convolution, norm_convolution_beside
 from glide_fast.ops.projected_attention import AttentionOrder, projected_attention
 from glide_fast.ops.sampler_step import StepRule, sampler_step
 
@@ -35,10 +35,12 @@ __all__ = [
     "attention",
     "causal_attention",
     "group_norm",
+    "group_norm_beside",
     "implementations",
     "layer_norm",
     "linear",
     "norm_convolution",
+    "norm_convolution_beside",
     "projected_attention",
     "sampler_step",
     "use_reference",

@@ -76,7 +76,7 @@ def _norm_convolution_backward(
     *rest: Any,
     out_shape: Any = None,  # noqa: ARG001
 ) -> int:
-    weight, _bias, needs_x, needs_weight = rest[10:]
+    weight, _bias, needs_x, needs_weight = rest[10:14]
     return int(needs_x + needs_weight) * _product(grad, weight)
 
 

@@ -9,6 +9,8 @@ https://arxiv.org/abs/2105.05233.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -65,6 +67,7 @@ def _fake_backward(
     rstd: Tensor,  # noqa: ARG001
     silu: bool,  # noqa: ARG001
     mode: int,  # noqa: ARG001
+    summand: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
     grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
@@ -82,7 +85,7 @@ FORWARD = define(
 BACKWARD = define(
     "group_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean,"
-    " Tensor rstd, bool silu, int mode) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor rstd, bool silu, int mode, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.group_norm_backward,
     _fake_backward,
 )
@@ -92,41 +95,50 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        keyset: Any,
+        call: Callable[..., Any],
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
         *settings: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, rstd = FORWARD.redispatch(
-            keyset & torch._C._after_autograd_keyset, x, weight, bias, scale, shift, *settings
-        )
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The op, by ``call``, and x itself: what comes back for that is another path's gradient of x."""
+        output, mean, rstd = call(x, weight, bias, scale, shift, *settings)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         ctx.silu, ctx.mode = settings[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd
+        return output, mean, rstd, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
+        beside = further[2]
         if grad is None:
-            return (None,) * 10
+            return None, beside, *(None,) * 8
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode)
+        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode, beside)
         film = gradients[3:] if scale is not None else (None, None)
         return None, *gradients[:3], *film, None, None, None, None
 
 
 def _autograd(keyset: Any, *args: Any) -> Any:
     if needs_gradient(args[:5]):
-        return _GroupNorm.apply(keyset, *args)  # type: ignore[no-untyped-call]
+        call = functools.partial(FORWARD.redispatch, keyset & torch._C._after_autograd_keyset)
+        found: Any = _GroupNorm.apply(call, *args)  # type: ignore[no-untyped-call]
+        return found[:3]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 differentiable("group_norm", _autograd)
+
+
+def mode_of(resample: Resample) -> int:
+    """How the ops spell a choice of resampling; ``ValueError`` if there is none of this name."""
+    if resample not in RESAMPLES:
+        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(RESAMPLES)}")
+    return RESAMPLES[resample]
 
 
 def check(
@@ -154,6 +166,15 @@ def check(
     for name, film in (("scale", scale), ("shift", shift)):
         if film is not None and film.shape != (batch, channels):
             raise ValueError(f"{name} has shape {tuple(film.shape)}; it must be [{batch}, {channels}]")
+
+
+def _check_map(x: Tensor) -> None:
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; give [B, C, *space] with 1, 2 or 3 dimensions of space"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
 
 
 def group_norm(
@@ -190,21 +211,35 @@ def group_norm(
     Raises:
         ValueError: shapes that do not fit, channels that are not divisible by groups, or an unknown choice.
     """
-    if x.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; give [B, C, *space] with 1, 2 or 3 dimensions of space"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
+    _check_map(x)
     check(x.shape[1], x, weight, bias, scale, shift, groups)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(_ACTIVATIONS)}")
-    if resample not in RESAMPLES:
-        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(RESAMPLES)}")
-    mode = RESAMPLES[resample]
+    mode = mode_of(resample)
     if mode == reference.RESAMPLE_DOWN and 1 in x.shape[2:]:
         raise ValueError(
             f"space {tuple(x.shape[2:])} is too small to halve; each dimension must be at least 2"
         )
     output: Tensor = FORWARD(x, weight, bias, scale, shift, groups, eps, _ACTIVATIONS[activation], mode)[0]
     return output
+
+
+def group_norm_beside(
+    x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 32, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """:func:`group_norm` without activation, and x for a path beside it.
+
+    In training the second is a view of x. Who reads it in place of x has its gradient added as the norm's
+    backward pass writes its own, which saves autograd a sum of two maps.
+
+    Raises:
+        ValueError: as :func:`group_norm`.
+    """
+    if not needs_gradient([x]) or torch.compiler.is_compiling():
+        return group_norm(x, weight, bias, groups=groups, eps=eps), x
+    _check_map(x)
+    check(x.shape[1], x, weight, bias, None, None, groups)
+    found: Any = _GroupNorm.apply(  # type: ignore[no-untyped-call]
+        FORWARD, x, weight, bias, None, None, groups, eps, False, reference.RESAMPLE_NONE
+    )
+    return found[0], found[3]

@@ -8,6 +8,8 @@ backward pass gets nothing but the statistics: the normalised and activated map 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from glide_fast.ops import group_norm as norm
 from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
-from glide_fast.ops.group_norm import RESAMPLES, Resample
+from glide_fast.ops.group_norm import Resample
 from glide_fast.ops.packed import trained
 
 
@@ -95,12 +97,13 @@ def composed_backward(
     bias: Tensor | None,
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
     y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
     grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
-    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode)
+    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
     return (*inner, grad_weight, bias_gradient(grad, bias))
 
 
@@ -114,16 +117,20 @@ def before_convolution(
     mean: Tensor,
     rstd: Tensor,
     mode: int,
+    summand: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of what is convolved: those of x, the norm's weight and bias, scale and shift."""
+    """From the gradient of what is convolved: those of x, the norm's weight and bias, scale and shift.
+
+    ``summand``, like x, is added to the first.
+    """
     if grad is None:
         return reference.nothing(x), *reference.four_nothings(x)
     if norm_weight is None or norm_bias is None:
-        grad_x = reference.resample_backward(grad, mode, x.shape[2:])
+        grad_x = reference.plus(reference.resample_backward(grad, mode, x.shape[2:]), summand)
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
         return grad_x, *reference.four_nothings(x)
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
-        grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
+        grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
     )
     return gradients
 
@@ -167,6 +174,7 @@ def _fake_backward(
     bias: Tensor | None,
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
@@ -196,7 +204,7 @@ BACKWARD = define(
     "norm_convolution_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
     " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
-    " bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool needs_weight, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.norm_convolution_backward,
     _fake_backward,
     default=composed_backward,
@@ -211,28 +219,29 @@ def _residual_gradient(grad: Tensor, space: torch.Size) -> Tensor:
 
 class _NormConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, call: Callable[..., Any], x: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The op, by ``call``, and x itself: what comes back for that is another path's gradient of x."""
         *film, groups, eps, mode, weight, bias, residual = args
-        output, mean, rstd = FORWARD.redispatch(
-            keyset & torch._C._after_autograd_keyset,
-            *(x, None, *film, groups, eps, mode, trained(weight), bias, residual),
-        )
+        output, mean, rstd = call(x, None, *film, groups, eps, mode, trained(weight), bias, residual)
         ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
         ctx.settings = groups, eps, mode
         ctx.residual_space = None if residual is None else residual.shape[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd
+        return output, mean, rstd, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
+        beside = further[2]
         if grad is None:
-            return (None,) * 13
+            return None, beside, *(None,) * 11
         *saved, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         needs_x, needs_weight = any(needs[:5]), needs[8]
-        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight)
+        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight, beside)
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
         grad_bias = gradients[6] if needs[9] else None
@@ -243,7 +252,9 @@ class _NormConvolution(torch.autograd.Function):
 def _autograd(keyset: Any, x: Tensor, skip: Tensor | None, *args: Any) -> Any:
     tensors = (x, skip, *(each for each in args if isinstance(each, Tensor)))
     if needs_gradient(tensors):
-        return _NormConvolution.apply(keyset, concatenated(x, skip), *args)  # type: ignore[no-untyped-call]
+        call = functools.partial(FORWARD.redispatch, keyset & torch._C._after_autograd_keyset)
+        found: Any = _NormConvolution.apply(call, concatenated(x, skip), *args)  # type: ignore[no-untyped-call]
+        return found[:3]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, skip, *args)
 
 
@@ -327,9 +338,7 @@ def norm_convolution(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an unknown choice.
     """
-    if resample not in RESAMPLES:
-        raise ValueError(f"unknown resample {resample!r}; use one of {', '.join(RESAMPLES)}")
-    mode = RESAMPLES[resample]
+    mode = norm.mode_of(resample)
     _check(x, skip, weight, bias, residual, norm.resampled_shape(x, mode))
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias belong together; give both or neither")
@@ -341,3 +350,37 @@ def norm_convolution(
         x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
     )[0]
     return output
+
+
+def norm_convolution_beside(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    groups: int = 32,
+    eps: float = 1e-5,
+    resample: Resample = "none",
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm_convolution`, and x for a path beside it.
+
+    In training the second is a view of x. Who reads it in place of x has its gradient added as this op's
+    backward pass writes its own, which saves autograd a sum of two maps.
+
+    Raises:
+        ValueError: as :func:`norm_convolution`.
+    """
+    if not needs_gradient([x]) or torch.compiler.is_compiling():
+        y = norm_convolution(
+            x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, groups=groups, eps=eps,
+            resample=resample,
+        )  # fmt: skip
+        return y, x
+    mode = norm.mode_of(resample)
+    _check(x, None, weight, bias, None, norm.resampled_shape(x, mode))
+    norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
+    found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
+        FORWARD, x, norm_weight, norm_bias, None, None, groups, eps, mode, weight, bias, None
+    )
+    return found[0], found[3]

@@ -121,8 +121,9 @@ def group_norm_backward(
     rstd: Tensor,  # [B, G]
     silu: bool,
     mode: int,
+    summand: Tensor | None = None,  # like x
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale, shift; the last two are empty where FiLM is absent."""
+    """Gradients of x (plus ``summand``), weight, bias, scale, shift; the last two empty without FiLM."""
     dtype = compute_dtype(x.dtype)
     batch, channels, groups = x.shape[0], x.shape[1], mean.shape[1]
     wide_weight, wide_bias = weight.to(dtype), bias.to(dtype)
@@ -156,7 +157,7 @@ def group_norm_backward(
     group_normal_mean = (grad_normal_sum * gain).reshape(by_group).sum(2) / elements
     inner = (flat * gain.unsqueeze(2)).reshape(grouped.shape)
     inner = inner - group_mean.unsqueeze(2) - normal.reshape(grouped.shape) * group_normal_mean.unsqueeze(2)
-    grad_x = (inner * rstd.unsqueeze(2)).reshape(x.shape).to(x.dtype)
+    grad_x = plus((inner * rstd.unsqueeze(2)).reshape(x.shape), summand).to(x.dtype)
     return (
         grad_x.contiguous(memory_format=memory_format(x)),
         weight_terms.sum(0).to(weight.dtype),
@@ -225,6 +226,11 @@ def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     return grad.sum([dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)])
 
 
+def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
+    """tensor, or its sum with ``summand`` in tensor's dtype."""
+    return tensor if summand is None else tensor + summand.to(tensor.dtype)
+
+
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
@@ -245,8 +251,12 @@ def norm_convolution_backward(
     bias: Tensor | None,
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,  # like x
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, norm_weight, norm_bias, scale, shift, weight, bias; empty where not needed."""
+    """Gradients of x (plus ``summand``), norm_weight, norm_bias, scale, shift, weight, bias.
+
+    Those that are not needed are empty.
+    """
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if norm_weight is None or norm_bias is None:
@@ -259,10 +269,10 @@ def norm_convolution_backward(
     inner = nothing(x), *four_nothings(x)
     if grad_activated is not None and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
-            grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode
+            grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
         )
     elif grad_activated is not None:
-        inner = (resample_backward(grad_activated, mode, x.shape[2:]), *inner[1:])
+        inner = (plus(resample_backward(grad_activated, mode, x.shape[2:]), summand), *inner[1:])
     grad_bias = nothing(x) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
     grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
     grad_weight = nothing(x) if grad_weight is None else grad_weight.to(weight.dtype)

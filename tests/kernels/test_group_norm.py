@@ -104,9 +104,14 @@ def assert_backward(case: Case) -> None:
     grad = torch.randn(resampled_shape(x, case.mode), generator=generator).to(DEVICE, case.dtype)
     grad = laid_out(grad, case.layout)
     saved = [value.float() for value in exact_statistics]
-    actual = backward.group_norm_backward(grad, x, *parameters, *saved, case.silu, case.mode)
+    settings = case.silu, case.mode
+    summand = None
+    if len(x) > 1:  # the gradient of another path, in a wider tensor of its own
+        drawn = torch.randn((x.shape[0], x.shape[1] + 3, *x.shape[2:]), generator=generator)
+        summand = laid_out(drawn.to(DEVICE, case.dtype), case.layout)[:, 3:]
+    actual = backward.group_norm_backward(grad, x, *parameters, *saved, *settings, summand)
     exact = reference.group_norm_backward(
-        grad.double(), x.double(), *map(wide, parameters), *exact_statistics, case.silu, case.mode
+        grad.double(), x.double(), *map(wide, parameters), *exact_statistics, *settings, wide(summand)
     )
     assert actual[0].stride() == torch.empty_like(x, memory_format=reference.memory_format(x)).stride()
     for value, right, like in zip(actual, exact, (x, *parameters), strict=True):

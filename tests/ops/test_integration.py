@@ -68,6 +68,8 @@ def test_opcheck_of_group_norm_backward(case: NORM, dtype: torch.dtype) -> None:
     output, mean, rstd = torch.ops.glide_fast.group_norm(*arguments)
     arguments = (torch.randn_like(output), *arguments[:5], mean, rstd, *arguments[7:])
     torch.library.opcheck(torch.ops.glide_fast.group_norm_backward.default, arguments)
+    summand = torch.randn_like(arguments[1])
+    torch.library.opcheck(torch.ops.glide_fast.group_norm_backward.default, (*arguments, summand))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
