@@ -39,6 +39,7 @@ _LINEAR = (
 )
 _LAYER_NORM = "float32, bfloat16, float16; rows of up to 16384 numbers; all else by the default"
 _ACTIVATION = "float32, bfloat16, float16; float64 by the default"
+_HYBRID_LOSS = "float32 pictures, outputs of any width; all else by the reference"
 REGISTERED: dict[str, Kernel] = {
     "attention": Kernel("attention", _ATTENTION),
     "attention_backward": Kernel("attention_backward", _ATTENTION),
@@ -53,6 +54,8 @@ REGISTERED: dict[str, Kernel] = {
     "norm_convolution_backward": Kernel("norm_convolution", _CONVOLUTION),
     "linear": Kernel("linear", _LINEAR),
     "adamw": Kernel("adamw", "float32 weights, gradients of any width; all else by the reference"),
+    "hybrid_loss": Kernel("hybrid_loss", _HYBRID_LOSS),
+    "hybrid_loss_backward": Kernel("hybrid_loss", _HYBRID_LOSS),
     "sampler_step": Kernel(
         "sampler_step", "float32 pictures and outputs of any width; all else by the reference"
     ),

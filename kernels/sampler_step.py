@@ -139,7 +139,7 @@ def plan(
 ) -> Launch:
     """The launch that fills `following` and `x_start`."""
     batch, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    output = _flat(output)
+    output = flat(output)
     elements, block = channels * pixels, configuration.rows
     blocks = triton.cdiv(elements, block)
     row, channel, pixel = output.stride()
@@ -155,7 +155,7 @@ def plan(
     return Launch(sampler_step_kernel, batch * blocks, arguments, configuration)
 
 
-def _flat(output: Tensor) -> Tensor:
+def flat(output: Tensor) -> Tensor:
     """[B, C, *space] as [B, C, pixels], a copy only where strides do not allow a view."""
     if output.ndim == 4 and output.stride(2) != output.stride(3) * output.shape[3]:
         output = output.contiguous()

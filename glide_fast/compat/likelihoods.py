@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glide_fast.diffusion import losses
-from glide_fast.diffusion.losses import approximate_normal_cdf as approx_standard_normal_cdf
-from glide_fast.diffusion.losses import discretized_gaussian_log_likelihood
+from glide_fast.ops import reference_losses
+from glide_fast.ops.reference_losses import approximate_normal_cdf as approx_standard_normal_cdf
+from glide_fast.ops.reference_losses import discretized_gaussian_log_likelihood
 
 __all__ = ["approx_standard_normal_cdf", "discretized_gaussian_log_likelihood", "normal_kl"]
 
@@ -24,4 +24,4 @@ def normal_kl(
     if not tensors:
         raise ValueError("normal_kl has no tensor among its arguments; make at least one a tensor")
     mean = torch.as_tensor(mean1, dtype=tensors[0].dtype, device=tensors[0].device)
-    return losses.normal_kl(mean, logvar1, mean2, logvar2)
+    return reference_losses.normal_kl(mean, logvar1, mean2, logvar2)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glide_fast.diffusion.losses import normal_kl, vlb_of_prediction
+from glide_fast.diffusion.losses import vlb_of_prediction
 from glide_fast.diffusion.process import GaussianDiffusion, Prediction
+from glide_fast.ops.reference_losses import normal_kl
 
 
 class BitsPerDim(NamedTuple):

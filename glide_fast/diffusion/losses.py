@@ -4,15 +4,18 @@ Simple loss: DDPM (arXiv 2006.11239, equation 14). Variational bound in bits a d
 both that learns the variance: Improved DDPM (arXiv 2102.09672, equation 16).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glide_fast import ops
 from glide_fast.diffusion.process import GaussianDiffusion, Prediction
+from glide_fast.diffusion.rules import ddpm_rule
 from glide_fast.diffusion.schedule import TableName
+from glide_fast.ops.dispatch import needs_gradient
+from glide_fast.ops.reference_losses import bound_in_bits, discretized_gaussian_log_likelihood, normal_kl
 
 
 class LossTerms(NamedTuple):
@@ -21,35 +24,6 @@ class LossTerms(NamedTuple):
     loss: Tensor
     mse: Tensor
     vlb: Tensor
-
-
-def normal_kl(
-    mean1: Tensor, log_variance1: Tensor | float, mean2: Tensor | float, log_variance2: Tensor | float
-) -> Tensor:
-    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, element by element."""
-    first = torch.as_tensor(log_variance1, dtype=mean1.dtype, device=mean1.device)
-    second = torch.as_tensor(log_variance2, dtype=mean1.dtype, device=mean1.device)
-    distance = (mean1 - mean2) ** 2 * torch.exp(-second)
-    return 0.5 * (-1.0 + second - first + torch.exp(first - second) + distance)
-
-
-def approximate_normal_cdf(x: Tensor) -> Tensor:
-    """The cumulative distribution of the standard normal, by a tanh (largest error 3e-4)."""
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log-probability (nats, shape of x) of 8-bit pictures x in [-1, 1] under a Gaussian cut into 256 bins.
-
-    `log_scales` are logarithms of standard deviations. The outer bins reach to infinity (DDPM, equation 13).
-    """
-    centered = x - means
-    inverse_scale = torch.exp(-log_scales)
-    upper = approximate_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
-    lower = approximate_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
-    brightest_or_between = torch.where(x > 0.999, 1.0 - lower, upper - lower)
-    probability = torch.where(x < -0.999, upper, brightest_or_between)
-    return torch.log(probability.clamp(min=1e-12))
 
 
 def vlb_term(
@@ -78,8 +52,7 @@ def vlb_of_prediction(
     likelihood = discretized_gaussian_log_likelihood(
         x_start, means=guess.mean, log_scales=0.5 * guess.log_variance
     )
-    nats = torch.where(t == 0, -likelihood.flatten(1).mean(1), divergence.flatten(1).mean(1))
-    return nats / math.log(2.0)
+    return bound_in_bits(t, divergence, likelihood)
 
 
 def simple_loss(
@@ -137,9 +110,21 @@ def hybrid_loss(
             f"the hybrid loss needs a learned variance but variance_type is {diffusion.variance_type!r}; "
             "use 'learned_range', or simple_loss"
         )
-    weight = diffusion.steps / 1000.0 if vlb_weight is None else vlb_weight
-    mean_values, variance_values = model_output.chunk(2, dim=1)
-    frozen = torch.cat([mean_values.detach(), variance_values], dim=1)
-    mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise) * mse_weight
-    vlb = vlb_term(diffusion, frozen, x_start, x_t, t) * weight
+    diffusion.check_output(model_output, x_t)
+    as_published = (diffusion.mean_type, diffusion.variance_type) == ("epsilon", "learned_range")
+    if as_published and not needs_gradient((x_start, x_t, noise)):
+        table = ddpm_rule(diffusion, clip=False, device=model_output.device).table
+        mse, vlb = ops.hybrid_loss(model_output, x_start, x_t, noise, t, table)
+    else:
+        mean_values, variance_values = model_output.chunk(2, dim=1)
+        frozen = torch.cat([mean_values.detach(), variance_values], dim=1)
+        mse = simple_loss(diffusion, model_output, x_start, x_t, t, noise)
+        vlb = vlb_term(diffusion, frozen, x_start, x_t, t)
+    mse = _weighted(mse, mse_weight)
+    vlb = _weighted(vlb, diffusion.steps / 1000.0 if vlb_weight is None else vlb_weight)
     return LossTerms(loss=mse + vlb, mse=mse, vlb=vlb)
+
+
+def _weighted(losses: Tensor, weight: Tensor | float) -> Tensor:
+    """Their product, which a weight of 1 needs no launch for."""
+    return losses if isinstance(weight, int | float) and weight == 1 else losses * weight

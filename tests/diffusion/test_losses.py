@@ -10,16 +10,18 @@ from torch import Tensor
 
 from glide_fast.diffusion.losses import (
     LossTerms,
-    approximate_normal_cdf,
-    discretized_gaussian_log_likelihood,
     hybrid_loss,
-    normal_kl,
     simple_loss,
     v_weight,
     vlb_term,
 )
 from glide_fast.diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from glide_fast.diffusion.schedule import Schedule
+from glide_fast.ops.reference_losses import (
+    approximate_normal_cdf,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+)
 from tests.diffusion.test_process import MEAN_TYPES
 from tests.golden import assert_close, data, entry, normal
 

@@ -19,6 +19,7 @@ from glide_fast.ops import (
     causal_attention,
     dispatch,
     group_norm,
+    hybrid_loss,
     implementations,
     layer_norm,
     linear,
@@ -28,7 +29,7 @@ from glide_fast.ops import (
     sampler_step,
     use_reference,
 )
-from tests.ops import attention_cases, group_norm_cases
+from tests.ops import attention_cases, group_norm_cases, hybrid_loss_cases
 
 OPS = (
     "activation",
@@ -39,6 +40,8 @@ OPS = (
     "causal_attention",
     "group_norm",
     "group_norm_backward",
+    "hybrid_loss",
+    "hybrid_loss_backward",
     "layer_norm",
     "layer_norm_backward",
     "linear",
@@ -83,6 +86,8 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         norm_convolution(x, weight).sum().backward()
         linear(x, torch.randn(2, 5), activation="gelu").sum().backward()
         layer_norm(x, torch.ones(5), torch.zeros(5)).sum().backward()
+        losses = hybrid_loss(*hybrid_loss_cases.draw((1, 3, 4, 4)))
+        torch.ops.glide_fast.hybrid_loss_backward(*losses, *hybrid_loss_cases.draw((1, 3, 4, 4)))
         causal_attention(*torch.randn(3, 1, 4, 2, 8))
         adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
         y, log_sum = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 4)
