@@ -4,7 +4,8 @@ A program holds whole rows in registers and takes their variance in two passes o
 each program also sums what its rows give to weight and bias, and a second kernel puts those sums together, in
 a fixed order: there are no atomics. All arithmetic is float32.
 
-Bytes in 16 bits: 4 an element forward (read, write), 6 backward (x and the gradient read, dx written).
+Bytes in 16 bits: 4 an element forward (read, write), 6 backward (x and the gradient read, dx written); 2 more
+with a summand, which is another path's gradient of x.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def layer_norm_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    grad, x, weight, mean, rstd, dx, sums, plane, grad_row, x_row, rows, channels, programs,
-    NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    grad, x, weight, mean, rstd, summand, dx, sums, plane, grad_row, x_row, summand_row, rows, channels,
+    programs, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, SUMMAND: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th block of rows, and their sums for weight and bias [2, programs, C]."""
     program = tl.program_id(0)
@@ -83,6 +85,9 @@ def layer_norm_backward_kernel(
             share = tl.sum(inner, axis=1) / channels
             slope = tl.sum(inner * normal, axis=1) / channels
             result = (inner - share[:, None] - normal * slope[:, None]) * row_rstd[:, None]
+            if SUMMAND:
+                near = summand + wide_row * summand_row + channel[None, :]
+                result += tl.load(near, mask=there, other=0.0).to(tl.float32)
             tl.store(dx + wide_row * channels + channel[None, :], result.to(dx.dtype.element_ty), mask=there)
     if NEEDS_WEIGHT:
         at = program * channels + channel
@@ -142,12 +147,13 @@ def _forward(
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool, needs_weight: bool,
+    summand: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The op `layer_norm_backward`; what the kernels do not cover goes to the default."""
     if not _covered(x, weight):
         result: tuple[Tensor, Tensor, Tensor] = dispatch.default("layer_norm_backward")(
-            grad, x, weight, mean, rstd, needs_x, needs_weight
+            grad, x, weight, mean, rstd, needs_x, needs_weight, summand
         )
         return result
     dx = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
@@ -156,17 +162,20 @@ def layer_norm_backward(
     if x.numel() > 0 and (needs_x or needs_weight):
         configurations.run(
             "layer_norm_backward", x.device, 8 * x.element_size(), x.shape[-1],
-            lambda each: start(_backward(grad, x, weight, mean, rstd, (dx, grad_weight, grad_bias), each)),
+            lambda each: start(
+                _backward(grad, x, weight, mean, rstd, summand, (dx, grad_weight, grad_bias), each)
+            ),
         )  # fmt: skip
     return dx, grad_weight, grad_bias
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, summand: Tensor | None,
     results: tuple[Tensor, Tensor, Tensor], configuration: Configuration,
 ) -> list[Launch]:  # fmt: skip
     dx, grad_weight, grad_bias = results
     arriving, flat = _rows(grad), _rows(x)
+    added = flat if summand is None else _rows(summand)
     rows, channels = flat.shape
     lanes = triton.next_power_of_2(channels)
     each = max(configuration.rows * configuration.columns // lanes, 1)
@@ -175,9 +184,10 @@ def _backward(
     sums = torch.empty((2, programs, channels) if needs_weight else 0, dtype=torch.float32, device=x.device)
     arguments: dict[str, Any] = {
         "grad": arriving, "x": flat, "weight": weight.contiguous(), "mean": mean.contiguous(),
-        "rstd": rstd.contiguous(), "dx": dx, "sums": sums, "plane": sums.numel() // 2,
-        "grad_row": arriving.stride(0), "x_row": flat.stride(0), "rows": rows, "channels": channels,
-        "programs": programs, "NEEDS_X": needs_x, "NEEDS_WEIGHT": needs_weight, "ROWS": each, "LANES": lanes,
+        "rstd": rstd.contiguous(), "summand": added, "dx": dx, "sums": sums, "plane": sums.numel() // 2,
+        "grad_row": arriving.stride(0), "x_row": flat.stride(0), "summand_row": added.stride(0),
+        "rows": rows, "channels": channels, "programs": programs, "NEEDS_X": needs_x,
+        "NEEDS_WEIGHT": needs_weight, "SUMMAND": summand is not None, "ROWS": each, "LANES": lanes,
     }  # fmt: skip
     first = Launch(layer_norm_backward_kernel, programs, arguments, configuration)
     if not needs_weight:
@@ -209,7 +219,7 @@ def cases(target: str) -> Iterator[Case]:
         launched = _forward(x, weight, bias, 1e-5, x, mean, rstd, forward)
         yield launched.case(f"layer_norm forward {name}")
         configuration = configurations.choose("layer_norm_backward", target, 16, channels)
-        backward = _backward(x, x, weight, mean, rstd, (x, weight, bias), configuration)
+        backward = _backward(x, x, weight, mean, rstd, x, (x, weight, bias), configuration)
         yield from (
             each.case(f"layer_norm {part} {name}")
             for each, part in zip(backward, ("backward", "parameters"), strict=True)

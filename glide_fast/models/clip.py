@@ -24,9 +24,10 @@ from glide_fast.models.branch import (
     rows_at,
     through,
 )
+from glide_fast.models.layer_norm import LayerNorm, normed
 from glide_fast.models.layers import Conv2d, Linear, is_watched, pixels_as_tokens
 from glide_fast.models.resnet import ResNetConfig, ResNetTower
-from glide_fast.models.transformer import LayerNorm, self_attention
+from glide_fast.models.transformer import self_attention
 
 VISION_HEAD_CHANNELS = 64
 LARGEST_LOGIT_SCALE = 100.0
@@ -116,13 +117,17 @@ class ClipBlock(Block):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = beside(x, self.attn, self.ln_1(x))
-        return beside(x, self.mlp, self.ln_2(x))
+        inner, x = normed(self.ln_1, x)
+        x = beside(x, self.attn, inner)
+        inner, x = normed(self.ln_2, x)
+        return beside(x, self.mlp, inner)
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:  # [B, T, C], int64 [B] -> [B, C]
         """The rows of self(x) at these places; x has the batch first always."""
-        rows = self.attn.at(self.ln_1(x), places, residual=rows_at(x, places))
-        return beside(rows, self.mlp, self.ln_2(rows))
+        inner, x = normed(self.ln_1, x)
+        rows = self.attn.at(inner, places, residual=rows_at(x, places))
+        inner, rows = normed(self.ln_2, rows)
+        return beside(rows, self.mlp, inner)
 
 
 class ClipTransformer(nn.Module):

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_fast.models.layer_norm import LayerNorm
 from glide_fast.models.layers import Linear
-from glide_fast.models.transformer import LayerNorm, Transformer
+from glide_fast.models.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)

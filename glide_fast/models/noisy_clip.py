@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glide_fast import ops
 from glide_fast.models import branch
 from glide_fast.models.branch import (
     Branch,
@@ -27,6 +26,7 @@ from glide_fast.models.branch import (
     rows_at,
     through,
 )
+from glide_fast.models.layer_norm import Norm, normed
 from glide_fast.models.transformer import self_attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures CLIP was trained on, in 0 .. 1
@@ -56,18 +56,6 @@ class NoisyCLIPConfig:
     tokenizer: str = "clip"
 
 
-class Norm(nn.Module):
-    """LayerNorm with upstream's names ``g`` and ``b``, computed in their dtype (float32)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.ones(channels))
-        self.b = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return ops.layer_norm(x, self.g, self.b)
-
-
 class AttentionBranch(Branch):
     """Norm and multi-head self-attention."""
 
@@ -82,14 +70,14 @@ class AttentionBranch(Branch):
         self.f_c = Projection(width, width)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = self.ln(x)
-        query, key, value = (f(x).unflatten(2, (self.heads, -1)) for f in (self.f_q, self.f_k, self.f_v))
+        inner, same = normed(self.ln, x)
+        query, key, value = (f(inner).unflatten(2, (self.heads, -1)) for f in (self.f_q, self.f_k, self.f_v))
         attended = self_attention(query, key, value, causal=self.causal)
-        return through(self.f_c, attended, residual=residual)
+        return through(self.f_c, attended, residual=same if residual is x else residual)
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:  # [B, T, C], int64 [B] -> [B, C]
         """The rows of x + self(x) at these places."""
-        normal = self.ln(x)
+        normal, x = normed(self.ln, x)
         query = self.f_q(rows_at(normal, places)).unflatten(1, (self.heads, -1))
         key, value = (f(normal).unflatten(2, (self.heads, -1)) for f in (self.f_k, self.f_v))
         attended = attention_at(query, key, value, places, causal=self.causal)
@@ -106,7 +94,9 @@ class PerceptronBranch(Branch):
         self.f_2 = Projection(4 * width, width)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
-        return through(self.f_2, through(self.f_1, self.ln(x), activation="gelu"), residual=residual)
+        inner, same = normed(self.ln, x)
+        hidden = through(self.f_1, inner, activation="gelu")
+        return through(self.f_2, hidden, residual=same if residual is x else residual)
 
 
 class Block(branch.Block):

@@ -6,14 +6,8 @@ from torch import Tensor, nn
 
 from glide_fast import ops
 from glide_fast.models.branch import Branch, beside, through
+from glide_fast.models.layer_norm import LayerNorm, normed
 from glide_fast.models.layers import Linear
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes in the dtype of its parameters (float32) and answers in that of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
@@ -60,8 +54,10 @@ class TransformerBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = beside(x, self.attn, self.ln_1(x))
-        return beside(x, self.mlp, self.ln_2(x))
+        inner, x = normed(self.ln_1, x)
+        x = beside(x, self.attn, inner)
+        inner, x = normed(self.ln_2, x)
+        return beside(x, self.mlp, inner)
 
 
 class Transformer(nn.Module):

@@ -11,7 +11,7 @@ from glide_fast.ops.causal_attention import causal_attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
 from glide_fast.ops.group_norm import Activation, Resample, group_norm, group_norm_beside
 from glide_fast.ops.hybrid_loss import hybrid_loss
-from glide_fast.ops.layer_norm import layer_norm
+from glide_fast.ops.layer_norm import layer_norm, layer_norm_beside
 from glide_fast.ops.linear import LinearActivation, linear
 from glide_fast.ops.norm_convolution import norm_convolution, norm_convolution_beside
 from glide_fast.ops.projected_attention import AttentionOrder, projected_attention
@@ -40,6 +40,7 @@ __all__ = [
     "hybrid_loss",
     "implementations",
     "layer_norm",
+    "layer_norm_beside",
     "linear",
     "norm_convolution",
     "norm_convolution_beside",

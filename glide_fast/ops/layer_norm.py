@@ -7,6 +7,8 @@ Ba, Kiros & Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.064
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ def _fake_backward(
     rstd: Tensor,  # noqa: ARG001
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     parameters = weight.shape if needs_weight else 0
     grad_x = x.new_empty(x.shape if needs_x else 0)
@@ -64,8 +67,8 @@ FORWARD = define(
 )
 BACKWARD = define(
     "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x, bool needs_weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x, bool needs_weight,"
+    " Tensor? summand=None) -> (Tensor, Tensor, Tensor)",
     reference.layer_norm_backward,
     _fake_backward,
 )
@@ -74,34 +77,46 @@ BACKWARD = define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, rstd = FORWARD.redispatch(
-            keyset & torch._C._after_autograd_keyset, x, weight, bias, eps
-        )
+        ctx: Any, call: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The op, by ``call``, and x itself: what comes back for that is another path's gradient of x."""
+        output, mean, rstd = call(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd
+        return output, mean, rstd, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
+        beside = further[2]
         if grad is None:
-            return (None,) * 5
+            return None, beside, None, None, None
         _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        gradients = BACKWARD(grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias)
+        gradients = BACKWARD(grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias, beside)
         needed = zip(gradients, (needs_x, needs_weight, needs_bias), strict=True)
         return None, *(gradient if needs else None for gradient, needs in needed), None
 
 
 def _autograd(keyset: Any, *args: Any) -> Any:
     if needs_gradient(args[:3]):
-        return _LayerNorm.apply(keyset, *args)  # type: ignore[no-untyped-call]
+        call = functools.partial(FORWARD.redispatch, keyset & torch._C._after_autograd_keyset)
+        found: Any = _LayerNorm.apply(call, *args)  # type: ignore[no-untyped-call]
+        return found[:3]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 differentiable("layer_norm", _autograd)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating-point [..., C], C above 0")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; x needs [{x.shape[-1]}]")
+        if not values.is_floating_point() or values.dtype is not weight.dtype:
+            raise ValueError(f"{name} is {values.dtype}; give weight and bias of one floating-point dtype")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -121,12 +136,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     Raises:
         ValueError: shapes or dtypes that do not fit each other.
     """
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating-point [..., C], C above 0")
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values.shape != x.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}; x needs [{x.shape[-1]}]")
-        if not values.is_floating_point() or values.dtype is not weight.dtype:
-            raise ValueError(f"{name} is {values.dtype}; give weight and bias of one floating-point dtype")
+    _check(x, weight, bias)
     output: Tensor = FORWARD(x, weight, bias, eps)[0]
     return output
+
+
+def layer_norm_beside(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """:func:`layer_norm`, and x for a path beside it.
+
+    In training the second is a view of x. Who reads it in place of x has its gradient added as the norm's
+    backward pass writes its own, which saves autograd a sum of two tensors.
+
+    Raises:
+        ValueError: as :func:`layer_norm`.
+    """
+    if not needs_gradient([x]) or torch.compiler.is_compiling():
+        return layer_norm(x, weight, bias, eps=eps), x
+    _check(x, weight, bias)
+    found: Any = _LayerNorm.apply(FORWARD, x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return found[0], found[3]

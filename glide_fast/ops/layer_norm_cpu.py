@@ -42,10 +42,11 @@ def layer_norm_backward(
     rstd: Tensor,
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `layer_norm_backward`."""
     if not _is_served(x, weight):
-        return reference.layer_norm_backward(grad, x, weight, mean, rstd, needs_x, needs_weight)
+        return reference.layer_norm_backward(grad, x, weight, mean, rstd, needs_x, needs_weight, summand)
     rows, channels = _rows(x), len(weight)
     grad_x = memory.empty(rows.shape, (channels, 1)) if needs_x else None
     gradients = [rows.new_empty(channels) if needs_weight else None for _ in range(2)]
@@ -58,6 +59,8 @@ def layer_norm_backward(
         grad_x,
         *gradients,
     )
+    if grad_x is not None and summand is not None:
+        grad_x.view(x.shape).add_(summand)
     grad_weight, grad_bias = (
         reference.nothing(weight) if each is None else each.to(weight.dtype) for each in gradients
     )

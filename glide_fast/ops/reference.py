@@ -298,8 +298,9 @@ def layer_norm_backward(
     rstd: Tensor,  # [...]
     needs_x: bool,
     needs_weight: bool,
+    summand: Tensor | None = None,  # like x
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; empty where not needed."""
+    """Gradients of x (plus ``summand``), weight and bias; empty where not needed."""
     dtype = mean.dtype
     wide = grad.to(dtype)
     normal = (x.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
@@ -307,7 +308,7 @@ def layer_norm_backward(
     if needs_x:
         inner = wide * weight.to(dtype)
         inner = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-        grad_x = (inner * rstd.unsqueeze(-1)).to(x.dtype).contiguous()
+        grad_x = plus(inner * rstd.unsqueeze(-1), summand).to(x.dtype).contiguous()
     if needs_weight:
         channels = len(weight)
         grad_weight = (wide * normal).reshape(-1, channels).sum(0).to(weight.dtype)

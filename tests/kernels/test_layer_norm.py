@@ -79,6 +79,27 @@ def test_strides_are_read_as_they_are() -> None:
     assert_norm(draw(6, 4, 40).transpose(0, 1), torch.ones((), device=DEVICE).expand(4, 6, 40))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (3, 7, 33), (2, 1500)], ids=str)
+def test_a_summand_is_added_before_the_one_rounding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad, weight = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).cos(), draw(shape[-1])
+    _, *statistics = norms.layer_norm(x, weight, weight, EPS)
+    exact = reference.layer_norm(x.double(), weight.double(), weight.double(), EPS)[1:]
+    plain = norms.layer_norm_backward(grad, x, weight, *statistics, True, True)
+    summand = draw(*shape, dtype=dtype).sin()
+    for added in (
+        summand,
+        summand.transpose(0, 1).contiguous().transpose(0, 1),
+        summand[..., :1].expand_as(x),
+    ):
+        found = norms.layer_norm_backward(grad, x, weight, *statistics, True, True, added)
+        wide = (each.double() for each in (grad, x, weight))
+        expected = reference.layer_norm_backward(*wide, *exact, True, True, added.double())[0]
+        assert found[0].dtype is dtype
+        assert error(found[0], expected) <= TOLERANCE[dtype]
+        assert all(torch.equal(*pair) for pair in zip(found[1:], plain[1:], strict=True))
+
+
 def test_rows_beyond_one_round_of_programs_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "PROGRAMS", 3)
     assert_norm(draw(500, 24), draw(500, 24))

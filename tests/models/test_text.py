@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glide_fast.models.transformer import LayerNorm, Transformer
+from glide_fast.models.layer_norm import LayerNorm
+from glide_fast.models.transformer import Transformer
 from tests.models.tiny import TEXT, noise, prompt, tiny
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.parity import excess
-from glide_fast.ops import layer_norm, use_reference
+from glide_fast.ops import layer_norm, layer_norm_beside, use_reference
 
 SHAPES = [(2, 77, 512), (400, 768), (3, 5, 7), (65, 33), (4, 2), (1,), (130, 100), (0, 6), (2, 0, 6)]
 
@@ -93,6 +93,70 @@ def test_frozen_parameters_cost_no_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(frozen.square().sum(), x)[0], expected)
     output = layer_norm(x.detach(), weight, bias.detach())
     assert torch.autograd.grad(output.sum(), weight)[0].shape == (12,)
+
+
+USES = {
+    "both": lambda y, x: y.square() * x.sin(),
+    "the norm": lambda y, _x: y.square(),
+    "the other path": lambda _y, x: x.sin(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_x_beside_its_norm_in_float64(use: str) -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        y, same = layer_norm_beside(*inputs)
+        return USES[use](y, same)
+
+    inputs = draw((4, 6), torch.float64)
+    if use == "the other path":  # parameters have no gradients there
+        inputs = inputs[0], *(each.detach() for each in inputs[1:])  # type: ignore[assignment]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("isa")
+def test_x_beside_its_norm_learns_exactly(shape: tuple[int, ...]) -> None:
+    inputs = draw(shape)
+
+    def ours(*inputs: Tensor) -> Tensor:
+        y, same = layer_norm_beside(*inputs)
+        return torch.stack([y, same])
+
+    def usual(*inputs: Tensor) -> Tensor:
+        return torch.stack([plain(*inputs), inputs[0]])
+
+    exact, simple = differentiate(usual, doubled(inputs)), differentiate(usual, inputs)
+    for actual, near, value in zip(differentiate(ours, inputs), simple, exact, strict=True):
+        assert actual.shape == value.shape
+        assert excess(actual, near, value) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_summand_is_added_before_the_one_rounding(dtype: torch.dtype) -> None:
+    x, weight, _ = (each.detach() for each in draw((3, 40, 96)))
+    x, grad = x.to(dtype), x.sin().to(dtype)
+    _, mean, rstd = torch.ops.glide_fast.layer_norm(x, weight, weight, 1e-5)
+    backward = torch.ops.glide_fast.layer_norm_backward
+    given = x, weight, mean, rstd, True, True
+    for summand in (x.cos(), x.cos().transpose(0, 1).contiguous().transpose(0, 1), x[:, :1].expand_as(x)):
+        found = backward(grad, *given, summand)
+        wide = backward(grad.float(), x.float(), *given[1:])
+        torch.testing.assert_close(found[0], (wide[0] + summand.float()).to(dtype), rtol=0, atol=0)
+        assert all(torch.equal(*pair) for pair in zip(found[1:], wide[1:], strict=True))
+        with use_reference():
+            torch.testing.assert_close(found, backward(grad, *given, summand), rtol=1e-2, atol=1e-4)
+
+
+def test_x_beside_its_norm_without_gradients_is_x_itself() -> None:
+    x, weight, bias = draw((4, 6))
+    for given in (x.detach(), x):
+        with torch.set_grad_enabled(given is not x):
+            y, same = layer_norm_beside(given, weight, bias, eps=0.5)
+            assert same is given
+            assert torch.equal(y, layer_norm(given, weight, bias, eps=0.5))
+    with pytest.raises(ValueError, match="weight has shape"):
+        layer_norm_beside(x, weight[:5], bias)
 
 
 def test_the_saved_statistics_are_what_they_say() -> None:

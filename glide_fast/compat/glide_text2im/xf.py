@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.models import transformer
-from glide_fast.models.transformer import LayerNorm, self_attention
+from glide_fast.models.layer_norm import LayerNorm
 from glide_fast.models.transformer import Perceptron as MLP  # noqa: N814
+from glide_fast.models.transformer import self_attention
 
 __all__ = [
     "MLP",
