@@ -54,6 +54,7 @@ REGISTERED: dict[str, Kernel] = {
     "norm_convolution_backward": Kernel("norm_convolution", _CONVOLUTION),
     "linear": Kernel("linear", _LINEAR),
     "adamw": Kernel("adamw", "float32 weights, gradients of any width; all else by the reference"),
+    "gradient_norm": Kernel("gradient_norm", "float32, bfloat16, float16; all else by the reference"),
     "hybrid_loss": Kernel("hybrid_loss", _HYBRID_LOSS),
     "hybrid_loss_backward": Kernel("hybrid_loss", _HYBRID_LOSS),
     "sampler_step": Kernel(

@@ -145,15 +145,15 @@ def _plan(
 ) -> Launch:
     parameters, gradients, *_, copies = companions
     sizes = tuple(parameter.numel() for parameter in parameters)
-    owners = _owners(sizes, configuration.rows, table.device)
+    owned = owners(sizes, configuration.rows, table.device)
     numbers = table.view(torch.float32)
     arguments = {
-        "table": table, "numbers": numbers, "owners": owners, "parameter_kind": parameters[0],
+        "table": table, "numbers": numbers, "owners": owned, "parameter_kind": parameters[0],
         "gradient_kind": gradients[0], "copy_kind": copies[0],
         "factor": numbers if factor is None else factor.float(), "AVERAGED": averaged, "COPIED": copied,
         "SCALED": factor is not None, "ALIGNED": aligned, "ROW": ROW, "BLOCK": configuration.rows,
     }  # fmt: skip
-    return Launch(adamw_kernel, len(owners), arguments, configuration)
+    return Launch(adamw_kernel, len(owned), arguments, configuration)
 
 
 def _rows(companions: Sequence[list[Tensor]], numbers: Tensor, block: int) -> Tensor:
@@ -169,7 +169,7 @@ def _rows(companions: Sequence[list[Tensor]], numbers: Tensor, block: int) -> Te
 
 
 @functools.lru_cache(maxsize=16)
-def _owners(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+def owners(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """The tensor that each program works on, int32 [programs]."""
     programs = [-(-size // block) for size in sizes]
     return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), programs)).to(device)

@@ -101,6 +101,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("adamw", None, None, None, Configuration(1024, 1, 4, 1)),
     ("sampler_step", None, None, None, Configuration(1024, 1, 4, 1)),
     ("hybrid_loss", None, None, None, Configuration(1024, 1, 4, 1)),
+    ("gradient_norm", None, None, None, Configuration(2048, 1, 8, 1)),
     ("product_sum", None, None, None, Configuration(64, 32, 4, 1)),
     # rows times columns are the moments that a program reads at a time
     ("moments", None, None, None, Configuration(16, 64, 4, 1)),

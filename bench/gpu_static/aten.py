@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+import glide_fast.ops  # noqa: F401 (defines ours)
 from bench.gpu_static.launches import Launch, footprint, is_half, moved
 
 aten = torch.ops.aten
@@ -151,6 +152,22 @@ def adamw(args: tuple[Any, ...]) -> list[Launch]:
     return [Launch("copy to the device", "adamw", table), Launch("adamw_kernel", "adamw", bytes_)]
 
 
+def gradient_norm(args: tuple[Any, ...]) -> list[Launch]:
+    """Our norm of all gradients: a table of addresses is sent, one kernel follows it, another adds up."""
+    filled = [each for each in args[0] if each.numel()]
+    sums = 4 * sum(-(-each.numel() // 65536) for each in filled)
+    return [
+        Launch("copy to the device", "gradient_norm", 8 * 4 * len(filled)),
+        Launch("squares_kernel", "gradient_norm", sum(map(footprint, filled)) + 2 * sums),
+        Launch("root_kernel", "gradient_norm", sums + 4),
+    ]
+
+
+# Ours that follow a table of addresses, which tensors without memory do not have.
+BY_ADDRESS: dict[Any, Callable[[tuple[Any, ...]], list[Launch]]] = {
+    torch.ops.glide_fast.adamw.default: adamw,
+    torch.ops.glide_fast.gradient_norm.default: gradient_norm,
+}
 SPECIAL: dict[str, Callable[[tuple[Any, ...], Any], Kernels]] = {
     "copy_": _copy,
     "convolution": _convolution,

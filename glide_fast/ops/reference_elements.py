@@ -91,6 +91,17 @@ def adamw(
         torch._foreach_copy_(copies, parameters)
 
 
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, float32 []; their dtypes may differ."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(each.dtype for each in gradients):
+        alike = [each for each in gradients if each.dtype is dtype]
+        wide = torch._foreach_norm(alike, 2, torch.promote_types(dtype, torch.float32))
+        norms += [each.float() for each in wide]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
 def by_group(x: Tensor, groups: int) -> Tensor:
     """[B, C, *space] -> [B, G, C / G, *space], without a copy in any memory format."""
     return x.view(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast import ops
-from glide_fast.ops import StepNumbers
+from glide_fast.ops import StepNumbers, reference_elements
 from glide_fast.training.config import OptimizerConfig
 from glide_fast.training.distributed import own, whole
 from glide_fast.training.ema import ExponentialMovingAverage
@@ -209,17 +209,18 @@ def clip_gradients(
             scaled = [own(each.grad) for each in parameters if each.grad is not None]
             torch._foreach_mul_(scaled, 1 / scale)
         return whole(torch.nn.utils.clip_grad_norm_(parameters, limit)), None
-    norm = whole(norm_of([each.grad for each in parameters if each.grad is not None])) / scale
-    return norm, (limit / (norm + _NEVER_ZERO)).clamp(max=1) / scale
+    norm = whole(norm_of([each.grad for each in parameters if each.grad is not None]))
+    if scale != 1:
+        norm = norm / scale
+    factor = (limit / (norm + _NEVER_ZERO)).clamp(max=1)
+    return norm, factor if scale == 1 else factor / scale
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, of which some may have 16 bits; sums and result are float32."""
-    norms: list[Tensor] = []
-    for dtype in dict.fromkeys(each.dtype for each in gradients):
-        norms += torch._foreach_norm([each for each in gradients if each.dtype is dtype], 2, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+    if any(own(each) is not each for each in gradients):  # shards, whose sums PyTorch gathers
+        return reference_elements.gradient_norm(list(gradients))
+    return ops.gradient_norm(gradients)
 
 
 def update(

@@ -1,0 +1,54 @@
+"""The norm of all gradients together: against float64, dtypes, what PyTorch's clipping finds, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from glide_fast.ops import gradient_norm, use_reference
+from glide_fast.ops.gradient_norm import NORM
+
+SHAPES = ((3, 4), (5,), (), (2, 3, 3, 3), (0, 4))
+
+
+def draw(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def exact(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([each.double().flatten() for each in gradients]).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_it_is_the_norm_of_all_numbers(dtype: torch.dtype) -> None:
+    gradients = [*draw(), *draw(dtype)]
+    found = gradient_norm(gradients)
+    assert (found.shape, found.dtype) == ((), torch.float32)
+    torch.testing.assert_close(found.double(), exact(gradients), rtol=1e-6, atol=0)
+    with use_reference():
+        assert torch.equal(gradient_norm(gradients), found)
+
+
+def test_it_is_what_clipping_finds() -> None:
+    parameters = [torch.zeros_like(each).requires_grad_() for each in draw()]
+    for parameter, gradient in zip(parameters, draw(), strict=True):
+        parameter.grad = gradient
+    assert torch.equal(gradient_norm(draw()), torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+
+
+def test_a_number_that_is_none_is_seen() -> None:
+    for value in (torch.inf, torch.nan):
+        assert not gradient_norm([*draw(), torch.tensor([1.0, value])]).isfinite()
+
+
+def test_the_op_keeps_the_dispatchers_rules() -> None:
+    torch.library.opcheck(NORM, (draw(),), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="of one device but these are on: none at all"):
+        gradient_norm([])
+    with pytest.raises(ValueError, match="these are on: cpu, meta"):
+        gradient_norm([torch.zeros(2), torch.zeros(2, device="meta")])
