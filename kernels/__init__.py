@@ -29,6 +29,9 @@ _GROUP_NORM = (
     "float32, bfloat16, float16, any strides; resampling of maps (1-D and 3-D inputs are resampled by the "
     "reference); all else by the reference"
 )
+_DROPPED = (
+    "float32, bfloat16, float16, any strides, outside of captured and compiled code; all else by PyTorch"
+)
 _CONVOLUTION = (
     "the norm as group_norm; 3x3 convolutions of float32, bfloat16, float16 maps by weights that were chosen "
     'for it (accelerate(model, conv="triton")), all others by cuDNN'
@@ -46,6 +49,8 @@ REGISTERED: dict[str, Kernel] = {
     "projected_attention_backward": Kernel("attention_backward", _ATTENTION),
     "group_norm": Kernel("group_norm", _GROUP_NORM),
     "group_norm_backward": Kernel("group_norm_backward", _GROUP_NORM),
+    "dropped_group_norm": Kernel("dropped_group_norm", _DROPPED),
+    "dropped_group_norm_backward": Kernel("dropped_group_norm", _DROPPED),
     "layer_norm": Kernel("layer_norm", _LAYER_NORM),
     "layer_norm_backward": Kernel("layer_norm", _LAYER_NORM),
     "activation": Kernel("activation", _ACTIVATION),

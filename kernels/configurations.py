@@ -73,6 +73,10 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
     ("group_norm_backward", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
     ("group_norm_backward", None, None, None, Configuration(32, 64, 8, 1, registers=80)),
+    ("dropped_group_norm", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
+    ("dropped_group_norm", None, None, None, Configuration(32, 64, 8, 1, registers=64)),
+    ("dropped_group_norm_backward", ("gfx942",), None, None, Configuration(16, 64, 4, 1)),
+    ("dropped_group_norm_backward", None, None, None, Configuration(16, 64, 8, 1, registers=64)),
     ("convolution_sum", ("gfx942",), None, None, Configuration(32, 64, 4, 1)),
     ("convolution_sum", None, None, None, Configuration(32, 64, 8, 1)),
     # rows times columns are a program's elements, the shape class the channels

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glide_fast.kernels import configurations
+from glide_fast.kernels import configurations, dropout
 from glide_fast.kernels import group_norm_tiles as tiles
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
@@ -75,7 +75,8 @@ def normalise_tile(tile, mean, gain, offset, SILU: tl.constexpr):
 @triton.jit
 def write_rows(
     x, skip, y, start, stop, width, mean, gain, offset, channel, lanes, split, x_pixel, skip_pixel, step,
-    y_pixel, y_step, SKIP: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
+    y_pixel, y_step, seed, largest_dropped, factor, batch, first_channel, channels, SKIP: tl.constexpr,
+    SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Normalise and write pixels start to stop: the input's, or the output's where that is the smaller."""
     columns = (channel * y_step)[None, :]
@@ -95,6 +96,9 @@ def write_rows(
         else:
             tile = load_tile(x, skip, pixel, inside, channel, lanes, split, x_pixel, skip_pixel, step, SKIP)
             z = normalise_tile(tile, mean, gain, offset, SILU)
+        if DROPOUT:
+            stays = dropout.kept(seed, largest_dropped, batch, pixel, first_channel, channels, LANES)
+            z = tl.where(stays, z * factor, 0.0)
         within = inside[:, None] & lanes[None, :]
         z = z.to(y.dtype.element_ty)
         if MODE == MODE_UP:
@@ -136,13 +140,14 @@ def statistics_kernel(
     tl.store(moments + plane + at, slot_squares, mask=width > 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=dropout.PLAIN)
 def apply_kernel(
     x, skip, weight, bias, scale, shift, moments, mean, rstd, y, plane, x_batch, x_pixel, skip_batch,
     skip_pixel, step, scale_row, shift_row, y_batch, y_pixel, y_step, pixels, items, width, split, channels,
-    groups, chunks, chunk_pixels, parts, blocks, runs, run_items, eps,
+    groups, chunks, chunk_pixels, parts, blocks, runs, run_items, eps, seed, largest_dropped, factor,
     SAVED: tl.constexpr, SKIP: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Combine a tile column's moments (or read SAVED statistics), normalise a run of its pixels."""
     program = tl.program_id(0)
@@ -175,17 +180,18 @@ def apply_kernel(
     write_rows(
         x + picture * x_batch, skip + picture * skip_batch, y + picture * y_batch, start,
         tl.minimum(start + run_items, items), width, lane_mean, gain * lane_rstd, offset, channel, lanes,
-        split, x_pixel, skip_pixel, step, y_pixel, y_step, SKIP, SILU, MODE, ROWS,
+        split, x_pixel, skip_pixel, step, y_pixel, y_step, seed, largest_dropped, factor, batch,
+        block * LANES, channels, SKIP, SILU, MODE, DROPOUT, ROWS, LANES,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=dropout.PLAIN)
 def one_pass_kernel(
     x, skip, weight, bias, scale, shift, mean, rstd, y, x_batch, x_pixel, skip_batch, skip_pixel, step,
     scale_row, shift_row, y_batch, y_pixel, y_step, pixels, items, width, split, channels, groups, blocks,
-    eps,
-    SKIP: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    eps, seed, largest_dropped, factor,
+    SKIP: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Statistics of SLOTS whole groups of a picture, then their normalised pixels."""
     block = tl.program_id(0) % blocks
@@ -210,7 +216,8 @@ def one_pass_kernel(
     write_rows(
         x, skip, y + picture * y_batch, 0, items, width, to_lanes(group_mean, member),
         gain * to_lanes(group_rstd, member), offset, channel, lanes, split, x_pixel, skip_pixel, step,
-        y_pixel, y_step, SKIP, SILU, MODE, ROWS,
+        y_pixel, y_step, seed, largest_dropped, factor, batch, block * (SLOTS * GROUP_CHANNELS), channels,
+        SKIP, SILU, MODE, DROPOUT, ROWS, LANES,
     )  # fmt: skip
 
 
@@ -272,7 +279,9 @@ class _Call:
     def table(self) -> str:
         """The rows of the table of configurations that serve this call."""
         small = self.pixels <= ONE_PASS_PIXELS and self._own_lanes <= ONE_PASS_LANES
-        return "group_norm_one_pass" if small and not self.saved else "group_norm"
+        if small and not self.saved:
+            return "group_norm_one_pass"
+        return "dropped_group_norm" if self.results["DROPOUT"] else "group_norm"
 
     def launches(self, configuration: Configuration) -> list[Launch]:
         """The launches, by a configuration of `table`."""
@@ -341,9 +350,11 @@ def group_norm(
     return y, statistics.mean, statistics.rstd
 
 
-def cases(target: str) -> Iterator[Case]:
-    """What is compiled to be measured: the maps of the models, in 16 bits."""
+def cases(target: str, dropout: float = 0.0) -> Iterator[Case]:
+    """What is compiled to be measured: the maps of the models, in 16 bits; if dropped, those that are."""
     for pixels, channels, skip, modulated, mode in CASES:
+        if dropout and (skip or mode):
+            continue
         side = math.isqrt(pixels)
         own, other = (
             torch.empty(2, each, side, side, dtype=torch.float16, device="meta").contiguous(
@@ -351,9 +362,10 @@ def cases(target: str) -> Iterator[Case]:
             )
             for each in (channels, skip)
         )
-        norm = Norm.blank(channels + skip, batch=2, film=modulated, mode=mode)
+        norm = Norm.blank(channels + skip, batch=2, film=modulated, mode=mode, dropout=dropout)
         call = _Call(norm, own, other if skip else None, torch.channels_last, None)
         configuration = configurations.choose(call.table, target, 16, pixels)
+        kind = f"{side}²x{channels}+{skip} film {modulated} mode {mode}{' dropout' if dropout else ''}"
         for launch in call.launches(configuration):
             name = launch.kernel.__name__.removesuffix("_kernel")
-            yield launch.case(f"group_norm {name} {side}²x{channels}+{skip} film {modulated} mode {mode}")
+            yield launch.case(f"group_norm {name} {kind}")

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glide_fast.kernels import configurations
+from glide_fast.kernels import configurations, dropout
 from glide_fast.kernels import group_norm_tiles as tiles
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
@@ -40,6 +40,7 @@ from glide_fast.kernels.group_norm_tiles import (
     entry,
     film,
     group_block,
+    group_totals,
     members,
     to_lanes,
     to_slots,
@@ -87,11 +88,14 @@ def load_gradient(
 @triton.jit
 def tile_gradient(
     x, grad, first, stop, channel, lanes, mean, gain, offset, width, height, x_pixel, step, grad_pixel,
-    grad_step, SILU: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
+    grad_step, seed, largest_dropped, factor, batch, first_channel, channels, SILU: tl.constexpr,
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """x - mean of the pixels from `first` on, and what arrives at z = (x - mean) gain + offset."""
     pixel = first + tl.arange(0, ROWS)
     inside = pixel < stop
+    if DROPOUT:
+        kept = dropout.kept(seed, largest_dropped, batch, pixel, first_channel, channels, LANES)
     at = pixel[:, None] * x_pixel + (channel * step)[None, :]
     tile = tl.load(x + at, mask=inside[:, None] & lanes[None, :], other=0.0).to(tl.float32)
     centred = tile - mean[None, :]
@@ -100,16 +104,18 @@ def tile_gradient(
         z = centred * gain[None, :] + offset[None, :]
         sigmoid = tl.sigmoid(z)
         dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    if DROPOUT:
+        dz = tl.where(kept, dz * factor, 0.0)
     return centred, dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=dropout.PLAIN)
 def sums_kernel(
     x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, channel_plane, group_plane,
     x_batch, x_pixel, step, grad_batch, grad_pixel, grad_step, scale_row, shift_row, pixels, width, height,
-    channels, groups, chunks, chunk_pixels, parts, blocks,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    SLOTS: tl.constexpr,
+    channels, groups, chunks, chunk_pixels, parts, blocks, seed, largest_dropped, factor,
+    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """S and T [2, B, chunks, C] of a chunk of pixels, and what they come to for the groups' parts of it.
 
@@ -137,7 +143,8 @@ def sums_kernel(
     for first in range(begin, stop, ROWS):
         centred, dz = tile_gradient(
             x, grad, first, stop, channel, lanes, lane_mean, gain, offset, width, height, x_pixel, step,
-             grad_pixel, grad_step, SILU, MODE, ROWS,
+            grad_pixel, grad_step, seed, largest_dropped, factor, batch, block * LANES, channels, SILU, MODE,
+            DROPOUT, ROWS, LANES,
         )  # fmt: skip
         first_sums += dz
         second_sums += dz * centred
@@ -154,22 +161,6 @@ def sums_kernel(
     there = (group < groups) & (group_block(group, part, group_channels, LANES) > 0)
     tl.store(group_sums + at, to_slots(gain * total, member), mask=there)
     tl.store(group_sums + group_plane + at, to_slots(gain * centred_total, member), mask=there)
-
-
-@triton.jit
-def group_totals(
-    sums, batch, group, groups, group_channels, chunks, parts, LANES: tl.constexpr, CHUNKS: tl.constexpr
-):  # fmt: skip
-    """The sums of groups [SLOTS] over their chunks and parts."""
-    chunk = tl.arange(0, CHUNKS)
-    total = tl.zeros(group.shape, tl.float32)
-    for part in range(parts):
-        there = (group < groups) & (group_block(group, part, group_channels, LANES) > 0)
-        at = entry(batch, group[:, None], groups, chunk[None, :], chunks, part, parts)
-        total += tl.sum(
-            tl.load(sums + at, mask=there[:, None] & (chunk < chunks)[None, :], other=0.0), axis=1
-        )
-    return total
 
 
 @triton.jit
@@ -219,15 +210,16 @@ def write_film(
     tl.store(grad_shift + at, total.to(grad_shift.dtype.element_ty), mask=lanes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=dropout.PLAIN)
 def dx_kernel(
     x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, grad_x, grad_weight, grad_bias,
     grad_scale, grad_shift, summand, channel_plane, group_plane, x_batch, x_pixel, step, grad_batch,
     grad_pixel, grad_step, summand_batch, summand_pixel, summand_step, dx_batch, dx_pixel, dx_step,
     scale_row, shift_row, batches, pixels, width, height, channels, groups, chunks, parts, blocks, runs,
-    run_pixels,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMAND: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+    run_pixels, seed, largest_dropped, factor,
+    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMAND: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients by the first `blocks` programs, those of x and FiLM by the others."""
     block = tl.program_id(0) % blocks
@@ -271,7 +263,8 @@ def dx_kernel(
         for first in range(begin, stop, ROWS):
             centred, dz = tile_gradient(
                 x + picture * x_batch, grad + picture * grad_batch, first, stop, channel, lanes, lane_mean,
-                gain, offset, width, height, x_pixel, step, grad_pixel, grad_step, SILU, MODE, ROWS,
+                gain, offset, width, height, x_pixel, step, grad_pixel, grad_step, seed, largest_dropped,
+                factor, batch, block * LANES, channels, SILU, MODE, DROPOUT, ROWS, LANES,
             )  # fmt: skip
             dx = dz * gain[None, :] - lane_share[None, :] - centred * lane_slope[None, :]
             pixel = first + tl.arange(0, ROWS)
@@ -324,8 +317,13 @@ class _Call:
         """Those of x, weight, bias, scale, shift; the last two are empty where FiLM is absent."""
         return self.x, self.parameters[0], self.parameters[1], self.film[0], self.film[1]
 
+    @property
+    def table(self) -> str:
+        """The rows of the table of configurations that serve this call."""
+        return "dropped_group_norm_backward" if self.maps["DROPOUT"] else "group_norm_backward"
+
     def launches(self, configuration: Configuration) -> list[Launch]:
-        """Both launches, by a configuration of "group_norm_backward"."""
+        """Both launches, by a configuration of `table`."""
         cut = Cut.of(self.batch, self.channels, self.groups, self.pixels, configuration)
         shapes = ((self.batch, cut.chunks, self.channels), (self.batch, self.groups, cut.chunks, cut.parts))
         channel_sums, group_sums = (
@@ -367,27 +365,35 @@ def group_norm_backward(
         )
         return result
     norm = Norm(weight, bias, scale, shift, mean.shape[1], 0.0, silu, mode)
-    call = _Call(norm, grad, x, Statistics(mean, rstd), summand)
+    return gradients(norm, grad, x, Statistics(mean, rstd), summand)
+
+
+def gradients(
+    norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, summand: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a norm's gradient comes to for x (plus ``summand``), weight, bias, scale, shift."""
+    call = _Call(norm, grad, x, statistics, summand)
     if x.numel() == 0:
         for each in call.parameters:
             each.zero_()
         return call.gradients
     bits = 8 * x.element_size()
-    configurations.run(
-        "group_norm_backward", x.device, bits, call.pixels, lambda each: start(call.launches(each))
-    )
+    configurations.run(call.table, x.device, bits, call.pixels, lambda each: start(call.launches(each)))
     return call.gradients
 
 
-def cases(target: str) -> Iterator[Case]:
-    """What is compiled to be measured: the maps of the models, in 16 bits."""
+def cases(target: str, dropout: float = 0.0) -> Iterator[Case]:
+    """What is compiled to be measured: the maps of the models, in 16 bits; if dropped, those that are."""
     for pixels, channels, modulated, mode in CASES:
+        if dropout and mode:
+            continue
         side = math.isqrt(pixels)
         x = torch.empty(2, channels, side, side, dtype=torch.float16, device="meta")
         x = x.contiguous(memory_format=torch.channels_last)
-        norm = Norm.blank(channels, batch=2, film=modulated, mode=mode)
+        norm = Norm.blank(channels, batch=2, film=modulated, mode=mode, dropout=dropout)
         grad = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=torch.channels_last)
-        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), x)
-        for launch in call.launches(configurations.choose("group_norm_backward", target, 16, pixels)):
+        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), None if dropout else x)
+        kind = f"{side}²x{channels} film {modulated} mode {mode}{' dropout' if dropout else ''}"
+        for launch in call.launches(configurations.choose(call.table, target, 16, pixels)):
             name = launch.kernel.__name__.removesuffix("_kernel")
-            yield launch.case(f"group_norm_backward {name} {side}²x{channels} film {modulated} mode {mode}")
+            yield launch.case(f"group_norm_backward {name} {kind}")

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glide_fast.kernels import launch
+from glide_fast.kernels import dropout, launch
 from glide_fast.kernels.configurations import Configuration
 from glide_fast.ops import reference
 
@@ -88,6 +88,22 @@ def group_block(group, part, group_channels, LANES: tl.constexpr):
     low = tl.maximum(block * LANES, group * group_channels)
     high = tl.minimum((block + 1) * LANES, (group + 1) * group_channels)
     return tl.maximum(high - low, 0)
+
+
+@triton.jit
+def group_totals(
+    sums, batch, group, groups, group_channels, chunks, parts, LANES: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """The sums of groups [SLOTS] over their chunks and parts."""
+    chunk = tl.arange(0, CHUNKS)
+    total = tl.zeros(group.shape, tl.float32)
+    for part in range(parts):
+        there = (group < groups) & (group_block(group, part, group_channels, LANES) > 0)
+        at = entry(batch, group[:, None], groups, chunk[None, :], chunks, part, parts)
+        total += tl.sum(
+            tl.load(sums + at, mask=there[:, None] & (chunk < chunks)[None, :], other=0.0), axis=1
+        )
+    return total
 
 
 @triton.jit
@@ -216,13 +232,16 @@ class Norm:
     eps: float
     silu: bool
     mode: int
+    dropout: float = 0.0
+    seed: int = 0
 
     @staticmethod
-    def blank(channels: int, *, batch: int, film: bool, mode: int) -> Norm:
+    def blank(channels: int, *, batch: int, film: bool, mode: int, dropout: float = 0.0) -> Norm:
         """A norm of 32 groups without values, on the meta device."""
         weight, bias = torch.empty(2, channels, device="meta")
         scale, shift = torch.empty(batch, 2 * channels, device="meta", dtype=torch.float16).chunk(2, dim=1)
-        return Norm(weight, bias, scale if film else None, shift if film else None, 32, 1e-5, True, mode)
+        modulation = (scale, shift) if film else (None, None)
+        return Norm(weight, bias, *modulation, 32, 1e-5, True, mode, dropout, seed=2**62 + 1)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -233,7 +252,7 @@ class Norm:
         return {
             "weight": weight, "bias": bias, "scale": scale, "scale_row": scale.stride(0), "shift": shift,
             "shift_row": shift.stride(0), "FILM": self.scale is not None, "SILU": self.silu,
-            "MODE": self.mode,
+            "MODE": self.mode, **dropout.arguments(self.dropout, self.seed),
         }  # fmt: skip
 
 

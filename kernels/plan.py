@@ -49,6 +49,8 @@ class Launch:
         for parameter in self.kernel.params:
             value = self.arguments[parameter.name]
             kind = "constexpr" if parameter.is_constexpr else _kind(value)
+            if parameter.do_not_specialize:
+                kind = _integer(value)
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[parameter.name] = value
@@ -82,4 +84,8 @@ def _kind(value: Any) -> str | tuple[str, ...]:
         return "fp32"
     if value is None or value == 1:
         return "constexpr"
-    return "i32" + (":16" if value % _ALIGNMENT == 0 else "")
+    return _integer(value) + (":16" if value % _ALIGNMENT == 0 else "")
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

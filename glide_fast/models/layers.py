@@ -205,6 +205,18 @@ def _activated_convolution_beside(
     )
 
 
+def _dropped(norm: Any, dropout: Any, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Dropout of the activated norm: one operation, unless a layer was replaced or is watched."""
+    scale, shift = (None, None) if film is None else film
+    plain = type(norm) is GroupNorm and type(dropout) is nn.Dropout
+    if not plain or not dropout.training or dropout.inplace or is_watched(norm) or is_watched(dropout):
+        y: Tensor = dropout(norm(x, scale=scale, shift=shift, activation="silu"))
+        return y
+    return ops.dropped_group_norm(
+        x, norm.weight, norm.bias, groups=norm.groups, scale=scale, shift=shift, dropout=dropout.p
+    )
+
+
 def _convolution_beside(residual: Tensor | None, convolution: nn.Module, x: Tensor) -> Tensor:
     """convolution(x) + residual, by one operation unless the convolution was replaced or is watched."""
     if type(convolution) in CONVOLUTIONS.values() and not is_watched(convolution):
@@ -344,9 +356,7 @@ class ResBlock(nn.Module):
         norm, dropout, convolution = self.out_layers.values()
         residual = None if self._projects else self._residual(x, skip)
         if dropout.p and self.training:
-            scale, shift = (None, None) if film is None else film
-            h = dropout(norm(h, scale=scale, shift=shift, activation="silu"))
-            h = _convolution_beside(residual, convolution, h)
+            h = _convolution_beside(residual, convolution, _dropped(norm, dropout, h, film))
         else:
             h = activated_convolution(norm, convolution, h, film=film, residual=residual)
         return self._residual(x, skip, summand=h) if self._projects else h

@@ -9,6 +9,7 @@ from glide_fast.ops.adamw import StepNumbers, adamw
 from glide_fast.ops.attention import attention
 from glide_fast.ops.causal_attention import causal_attention
 from glide_fast.ops.dispatch import Implementation, implementations, load_compiled, use_reference
+from glide_fast.ops.dropped_group_norm import dropped_group_norm
 from glide_fast.ops.gradient_norm import gradient_norm
 from glide_fast.ops.group_norm import Activation, Resample, group_norm, group_norm_beside
 from glide_fast.ops.hybrid_loss import hybrid_loss
@@ -36,6 +37,7 @@ __all__ = [
     "adamw",
     "attention",
     "causal_attention",
+    "dropped_group_norm",
     "gradient_norm",
     "group_norm",
     "group_norm_beside",

@@ -111,6 +111,13 @@ def is_implemented(op: str, device: str) -> bool:
     return (op, device) in _served
 
 
+def is_served(op: str, device: torch.device) -> bool:
+    """Whether a GPU computes an op by something of its own: registered, and not made for a newer one."""
+    if not is_implemented(op, "CUDA"):
+        return False
+    return importlib.import_module("glide_fast.kernels.launch").too_old(device) is None
+
+
 class use_reference(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (reads as a verb)
     """Context in which every glide_fast op, forward and backward, is served by its reference.
 

@@ -158,3 +158,58 @@ def test_a_watched_patch_embedding_is_a_convolution_with_the_same_result() -> No
     tower.conv1.register_forward_hook(lambda *call: seen.append(call[2].shape))
     torch.testing.assert_close(tower(image), expected, rtol=1e-4, atol=1e-4)
     assert seen == [(2, 64, 4, 4)]
+
+
+def dropping(dropout: nn.Module) -> ResBlock:
+    made = block().train()
+    made.out_layers["2"] = dropout
+    return made
+
+
+def by_layers(made: ResBlock) -> Tensor:
+    """The block as its layers compute it one by one."""
+    generator = torch.Generator().manual_seed(1)
+    x, embedding = torch.randn(2, 32, 16, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    h = made.in_layers["2"](made.in_layers["0"](x, activation="silu"))
+    scale, shift = made.emb_layers["1"](embedding).chunk(2, dim=1)
+    norm, dropout, convolution = made.out_layers.values()
+    return x + convolution(dropout(norm(h, scale=scale, shift=shift, activation="silu")))  # type: ignore[no-any-return]
+
+
+def test_dropout_on_a_cpu_is_pytorchs_layer_and_its_draws() -> None:
+    made = dropping(nn.Dropout(0.3))
+    torch.manual_seed(3)
+    result = run(made)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.testing.assert_close(result, by_layers(made).detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+class _Halved(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+def test_a_watched_or_replaced_dropout_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[float] = []
+
+    def count(x: Tensor, *_norm: Tensor, dropout: float, **_settings: object) -> Tensor:
+        fused.append(dropout)
+        return x
+
+    monkeypatch.setattr("glide_fast.ops.dropped_group_norm", count)
+    run(dropping(nn.Dropout(0.3)))
+    assert fused == [0.3]
+    watched = dropping(nn.Dropout(0.3))
+    seen: list[Tensor] = []
+    watched.get_submodule("out_layers.2").register_forward_hook(lambda *call: seen.append(call[2]))
+    run(watched)
+    assert [round(10 * float((each == 0).float().mean())) for each in seen] == [3]
+    frozen = dropping(nn.Dropout(0.3))
+    frozen.out_layers["2"].eval()
+    torch.testing.assert_close(run(frozen), by_layers(frozen).detach(), rtol=1e-5, atol=1e-5)
+    halved = dropping(_Halved(0.3))
+    torch.testing.assert_close(run(halved), by_layers(halved).detach(), rtol=1e-5, atol=1e-5)
+    run(dropping(nn.Dropout(0.3, inplace=True)))
+    assert fused == [0.3]

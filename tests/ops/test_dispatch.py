@@ -39,6 +39,8 @@ OPS = (
     "attention",
     "attention_backward",
     "causal_attention",
+    "dropped_group_norm",
+    "dropped_group_norm_backward",
     "gradient_norm",
     "group_norm",
     "group_norm_backward",
@@ -92,6 +94,8 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         losses = hybrid_loss(*hybrid_loss_cases.draw((1, 3, 4, 4)))
         torch.ops.glide_fast.hybrid_loss_backward(*losses, *hybrid_loss_cases.draw((1, 3, 4, 4)))
         causal_attention(*torch.randn(3, 1, 4, 2, 8))
+        parameters = torch.ones(4), torch.zeros(4), None, None
+        torch.ops.glide_fast.dropped_group_norm(x, *parameters, 2, 1e-5, 0.5, 7)[0].sum().backward()
         adamw([x.detach()], [x.detach()], [x.detach()], [x.detach()], [StepNumbers(*[0.5] * 8)])
         y, log_sum = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 4)
         torch.ops.glide_fast.projected_attention_backward(y, torch.zeros(1, 4, 48), None, y, log_sum, 2, True)
