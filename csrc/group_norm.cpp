@@ -184,11 +184,11 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     using torch::stable::detail::to;
     const ScalarType type = x.scalar_type();
     if (!is_served(type)) {
-        const auto results = call_reference<5>(
-            "glide_fast::group_norm_backward_reference",
-            std::array<StableIValue, 11>{from(grad), from(x), from(weight), from(bias), from(scale),
-                                         from(shift), from(mean), from(rstd), from(silu), from(mode),
-                                         from(summand)});
+        const auto results =
+            call_reference<5>("glide_fast::group_norm_backward_reference",
+                              std::array<StableIValue, 11>{from(grad), from(x), from(weight), from(bias),
+                                                           from(scale), from(shift), from(mean), from(rstd),
+                                                           from(silu), from(mode), from(summand)});
         return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2]),
                 to<Tensor>(results[3]), to<Tensor>(results[4])};
     }

@@ -347,12 +347,12 @@ class ResBlock(nn.Module):
             parts = torch.split(projection, self.modulation_widths, dim=1)
         modulation = [each.to(x.dtype).expand(len(x), -1) for each in parts]
         film = (modulation[0], modulation[1]) if self.scale_shift_norm else None
-        first = self.in_layers.values()
+        norm, convolution = self.in_layers.values()
         shift = modulation[0] if film is None else None
         if skip is None:
-            h, x = _activated_convolution_beside(*first, x, shift, self.resample)
+            h, x = _activated_convolution_beside(norm, convolution, x, shift, self.resample)
         else:
-            h = activated_convolution(*first, x, skip=skip, shift=shift, resample=self.resample)
+            h = activated_convolution(norm, convolution, x, skip=skip, shift=shift, resample=self.resample)
         norm, dropout, convolution = self.out_layers.values()
         residual = None if self._projects else self._residual(x, skip)
         if dropout.p and self.training:
