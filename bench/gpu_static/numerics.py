@@ -71,6 +71,9 @@ CASES: dict[str, dict[str, Callable[[], Arguments]]] = {
         "64x8x8 up": lambda: _norm(64, 8, 1),
         "64x8x8 down": lambda: _norm(64, 8, 2),
     },
+    "dropped_group_norm": {
+        "96x9x9 FiLM SiLU, dropout 0.1": lambda: (*_norm(96, 9, 0)[:7], 0.1, 3),
+    },
     "attention": {
         "64+128 keys, head 64": lambda: _heads(64, 128, 64),
         "77+5 keys, head 48": lambda: _heads(77, 5, 48),
@@ -94,11 +97,13 @@ CASES: dict[str, dict[str, Callable[[], Arguments]]] = {
 }
 
 
-# Arguments of the backward op, from a gradient, the forward op's arguments and its results.
+# Arguments of the backward op, from a gradient, the forward op's arguments and its results. x itself stands
+# for the gradient of a path beside a norm.
 BACKWARD: dict[str, Callable[[Tensor, Arguments, Arguments], Arguments]] = {
-    "group_norm": lambda grad, given, results: (grad, *given[:5], *results[1:], *given[7:]),
+    "group_norm": lambda grad, given, results: (grad, *given[:5], *results[1:], *given[7:], given[0]),
+    "dropped_group_norm": lambda grad, given, results: (grad, *given[:5], *results[1:], *given[7:]),
     "attention": lambda grad, given, results: (grad, *given, *results),
-    "layer_norm": lambda grad, given, results: (grad, *given[:2], *results[1:], True, True),
+    "layer_norm": lambda grad, given, results: (grad, *given[:2], *results[1:], True, True, given[0]),
 }
 
 
