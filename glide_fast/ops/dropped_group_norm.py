@@ -20,7 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, is_served, needs_gradient
-from glide_fast.ops.group_norm import check, group_norm
+from glide_fast.ops.group_norm import check, fake_backward, fake_forward, group_norm
 
 WORDS = 4  # that one counter of Philox gives: those of four neighbouring channels
 _ROUNDS = 10
@@ -106,35 +106,32 @@ def _reference_backward(
 
 def _fake_forward(
     x: Tensor,
-    weight: Tensor,  # noqa: ARG001 (a fake has the op's signature)
-    bias: Tensor,  # noqa: ARG001
-    scale: Tensor | None,  # noqa: ARG001
-    shift: Tensor | None,  # noqa: ARG001
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     groups: int,
-    eps: float,  # noqa: ARG001
-    dropout: float,  # noqa: ARG001
+    eps: float,
+    dropout: float,  # noqa: ARG001 (a fake has the op's signature)
     seed: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
-    statistics, dtype = (x.shape[0], groups), reference.compute_dtype(x.dtype)
-    return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
+    return fake_forward(x, weight, bias, scale, shift, groups, eps, True, reference.RESAMPLE_NONE)
 
 
 def _fake_backward(
-    grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    grad: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,  # noqa: ARG001
-    rstd: Tensor,  # noqa: ARG001
-    dropout: float,  # noqa: ARG001
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,  # noqa: ARG001 (a fake has the op's signature)
     seed: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
-    film = [x.new_empty(0) if each is None else each.new_empty(each.shape) for each in (scale, shift)]
-    return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), film[0], film[1]
+    none = reference.RESAMPLE_NONE
+    return fake_backward(grad, x, weight, bias, scale, shift, mean, rstd, True, none)
 
 
 FORWARD = define(

@@ -39,7 +39,7 @@ def resampled_shape(x: Tensor, mode: int) -> list[int]:
     return list(x.shape)
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor,
     weight: Tensor,  # noqa: ARG001 (a fake has the op's signature)
     bias: Tensor,  # noqa: ARG001
@@ -50,13 +50,14 @@ def _fake_forward(
     silu: bool,  # noqa: ARG001
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and 1/deviation without values."""
     output = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=reference.memory_format(x))
     statistics = (x.shape[0], groups)
     dtype = reference.compute_dtype(x.dtype)
     return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
 
 
-def _fake_backward(
+def fake_backward(
     grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
     x: Tensor,
     weight: Tensor,
@@ -69,6 +70,7 @@ def _fake_backward(
     mode: int,  # noqa: ARG001
     summand: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias, scale and shift without values."""
     grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
     grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
     grad_shift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
@@ -80,14 +82,14 @@ FORWARD = define(
     "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu,"
     " int mode) -> (Tensor output, Tensor mean, Tensor rstd)",
     reference.group_norm,
-    _fake_forward,
+    fake_forward,
 )
 BACKWARD = define(
     "group_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean,"
     " Tensor rstd, bool silu, int mode, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.group_norm_backward,
-    _fake_backward,
+    fake_backward,
 )
 
 
