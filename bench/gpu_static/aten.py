@@ -71,6 +71,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return tensors_of(found)
 
 
+DATA_GRADIENT, WEIGHT_GRADIENT = "cudnn dgrad", "cudnn wgrad"
 Kernels = Iterator[
     tuple[Any, ...]
 ]  # name, bytes, then FLOPs and whether of 16-bit operands; the main one first
@@ -92,9 +93,9 @@ def _convolution_backward(args: tuple[Any, ...], out: tuple[Tensor | None, ...])
     grad, x, weight = args[:3]
     flops = 2 * grad.numel() * math.prod(weight.shape[1:])
     if args[10][0]:
-        yield "cudnn dgrad", moved((grad, weight, out[0])), flops, is_half((x,))
+        yield DATA_GRADIENT, moved((grad, weight, out[0])), flops, is_half((x,))
     if args[10][1]:
-        yield "cudnn wgrad", moved((grad, x, out[1])), flops, is_half((x,))
+        yield WEIGHT_GRADIENT, moved((grad, x, out[1])), flops, is_half((x,))
     if args[10][2]:
         yield "sum of bias gradient", moved((grad, out[2]))
 

@@ -71,7 +71,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self:
             out = func.redispatch(_CUDA, *args)
         name = func._schema.name.removeprefix("glide_fast::")
-        mine = [replace(each, op=name) for each in self.launches[first:]]
+        mine = _as_calls([replace(each, op=name) for each in self.launches[first:]])
         formula = flop_registry.get(func._overloadpacket)
         if mine and formula and not any(each.flops for each in mine):
             largest = max(range(len(mine)), key=lambda index: mine[index].moved)
@@ -94,6 +94,16 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What adds a bias alone belongs to the convolution's call, as the kernel of PyTorch that does so.
         further = jit.fn.__module__.endswith("convolution_sum") and not arguments["RESIDUAL"]
         self.launches.append(Launch(name, "triton", bytes_, flops, is_half(tensors), further))
+
+
+def _as_calls(launches: list[Launch]) -> list[Launch]:
+    """One op's launches; a convolution's two gradients are one call, also where they are asked for apart."""
+    names = {each.kernel for each in launches}
+    apart = {aten.DATA_GRADIENT, aten.WEIGHT_GRADIENT} <= names
+    return [
+        replace(each, further=each.further or (apart and each.kernel == aten.WEIGHT_GRADIENT))
+        for each in launches
+    ]
 
 
 def _without_memory(*_: object) -> None:
