@@ -98,7 +98,7 @@ void set_film(Problem& problem, const OptionalTensor& scale, const OptionalTenso
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Three group_norm(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, OptionalTensor shift,
                  int64_t groups, double eps, bool silu, int64_t mode) {
@@ -177,20 +177,20 @@ ParameterGradients parameter_gradients(const GroupNormBackward& problem, bool fi
     return gradients;
 }
 
-Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
-                         OptionalTensor shift, Tensor mean, Tensor rstd, bool silu, int64_t mode,
-                         OptionalTensor summand) {
+Six group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
+                        OptionalTensor shift, Tensor mean, Tensor rstd, bool silu, int64_t mode,
+                        OptionalTensor summand, int64_t copies) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     const ScalarType type = x.scalar_type();
-    if (!is_served(type)) {
-        const auto results =
-            call_reference<5>("glide_fast::group_norm_backward_reference",
-                              std::array<StableIValue, 11>{from(grad), from(x), from(weight), from(bias),
-                                                           from(scale), from(shift), from(mean), from(rstd),
-                                                           from(silu), from(mode), from(summand)});
+    if (!is_served(type) || copies > 0) {  // on CPU nobody asks for sums
+        const auto results = call_reference<6>(
+            "glide_fast::group_norm_backward_reference",
+            std::array<StableIValue, 12>{from(grad), from(x), from(weight), from(bias), from(scale),
+                                         from(shift), from(mean), from(rstd), from(silu), from(mode),
+                                         from(summand), from(copies)});
         return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2]),
-                to<Tensor>(results[3]), to<Tensor>(results[4])};
+                to<Tensor>(results[3]), to<Tensor>(results[4]), to<Tensor>(results[5])};
     }
     GroupNormBackward problem;
     problem.shape = shape_of(x, mean.size(1), silu, mode);
@@ -223,8 +223,12 @@ Five group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Opti
     problem.grad_normal_sum = sums.data() + problem.shape.batch * problem.shape.channels;
     run(problem, current_isa().group_norm->backward);
     const ParameterGradients gradients = parameter_gradients(problem, scale.has_value());
-    return {as_type(grad_x, type), as_type(gradients.weight, weight_type), as_type(gradients.bias, bias_type),
-            as_type(gradients.scale, scale_type), as_type(gradients.shift, shift_type)};
+    return {as_type(grad_x, type),
+            as_type(gradients.weight, weight_type),
+            as_type(gradients.bias, bias_type),
+            as_type(gradients.scale, scale_type),
+            as_type(gradients.shift, shift_type),
+            as_type(empty({0}), type)};
 }
 
 }  // namespace

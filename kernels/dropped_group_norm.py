@@ -13,6 +13,7 @@ from torch import Tensor
 from glide_fast.kernels import group_norm, group_norm_backward
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.group_norm import normalise
+from glide_fast.kernels.group_norm_backward import Further
 from glide_fast.kernels.group_norm_tiles import Norm, Statistics, covered
 from glide_fast.ops import dispatch, reference
 
@@ -52,15 +53,16 @@ def dropped_group_norm_backward(
     rstd: Tensor,
     dropout: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> group_norm_backward.Gradients:
     """The op's gradients; what the kernels do not cover goes to the default."""
     if not covered(x, NONE):
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.default(
-            "dropped_group_norm_backward"
-        )(grad, x, weight, bias, scale, shift, mean, rstd, dropout, seed)
+        result: group_norm_backward.Gradients = dispatch.default("dropped_group_norm_backward")(
+            grad, x, weight, bias, scale, shift, mean, rstd, dropout, seed, sums
+        )
         return result
     norm = Norm(weight, bias, scale, shift, mean.shape[1], 0.0, True, NONE, dropout, seed)
-    return group_norm_backward.gradients(norm, grad, x, Statistics(mean, rstd))
+    return group_norm_backward.gradients(norm, grad, x, Statistics(mean, rstd), Further(sums=sums))
 
 
 def cases(target: str) -> Iterator[Case]:

@@ -7,19 +7,23 @@ made of two sums over the pixels of a channel, S = sum dz and T = sum dz n:
     dshift = S                        dbias = sum over pictures of S (1 + scale)
     dx = (dz gain - mean of dz gain over the group - n times mean of dz gain n over the group) / deviation
 
-`sums` writes S and T of every (chunk of pixels, channel), and what they come to for groups; `dx` computes n
-and dz again, puts its groups' sums together in a fixed order, and its first programs write the parameters'
-gradients. Saved are x, the statistics and nothing else. There are no atomics; all arithmetic is float32.
+`sums_kernel` writes S and T of every (chunk of pixels, channel), and what they come to for groups;
+`dx_kernel` computes n and dz again, puts its groups' sums together in a fixed order, and its first programs
+write the parameters' gradients. Saved are x, the statistics and nothing else. All arithmetic is float32.
+
+The sums of dx over all pixels, the gradient of a bias before the norm, are made of parts that each program
+leaves: who arrives last at a counter of its tile column adds them, in a fixed order. A number is counted so,
+none is summed: the bits are the same every time.
 
 Bytes of 16-bit maps: 10 an element (x and the gradient twice, dx), of which L2 gives 4 back where they fit;
-2 more with a summand, which is another path's gradient of x.
+2 more for each summand, which is another path's gradient of x.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,24 +35,22 @@ from glide_fast.kernels import configurations, dropout
 from glide_fast.kernels import group_norm_tiles as tiles
 from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
+from glide_fast.kernels.group_norm_sums import sums_kernel, tile_gradient
 from glide_fast.kernels.group_norm_tiles import (
-    MODE_DOWN,
-    MODE_UP,
     Cut,
     Norm,
     Statistics,
-    entry,
     film,
-    group_block,
     group_totals,
     members,
     to_lanes,
-    to_slots,
 )
 from glide_fast.kernels.plan import Launch, start
 from glide_fast.ops import dispatch, reference
+from glide_fast.ops.column_sums import COPIES
 from glide_fast.ops.group_norm import resampled_shape
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Pixels, channels, FiLM, resampling of what is compiled to be measured.
 CASES = (
     (64, 768, True, reference.RESAMPLE_NONE),
@@ -57,110 +59,6 @@ CASES = (
     (4096, 192, True, reference.RESAMPLE_NONE),
     (4096, 192, False, reference.RESAMPLE_DOWN),
 )
-
-
-@triton.jit
-def load_gradient(
-    grad, pixel, inside, channel, lanes, width, height, grad_pixel, grad_step, MODE: tl.constexpr
-):  # fmt: skip
-    """What arrives at the map before it was resampled, float32 [ROWS, LANES]."""
-    columns = (channel * grad_step)[None, :]
-    if MODE == MODE_UP:
-        corner = pixel // width * 4 * width + pixel % width * 2
-        total = tl.zeros([pixel.shape[0], channel.shape[0]], tl.float32)
-        for place in tl.static_range(4):
-            near = corner + place // 2 * 2 * width + place % 2
-            near = near[:, None] * grad_pixel + columns
-            total += tl.load(grad + near, mask=inside[:, None] & lanes[None, :], other=0.0).to(tl.float32)
-        return total
-    if MODE == MODE_DOWN:
-        row = pixel // width
-        column = pixel % width
-        inside &= (row < height // 2 * 2) & (column < width // 2 * 2)
-        pixel = row // 2 * (width // 2) + column // 2
-    at = pixel[:, None] * grad_pixel + columns
-    tile = tl.load(grad + at, mask=inside[:, None] & lanes[None, :], other=0.0).to(tl.float32)
-    if MODE == MODE_DOWN:
-        tile *= 0.25
-    return tile
-
-
-@triton.jit
-def tile_gradient(
-    x, grad, first, stop, channel, lanes, mean, gain, offset, width, height, x_pixel, step, grad_pixel,
-    grad_step, seed, largest_dropped, factor, batch, first_channel, channels, SILU: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """x - mean of the pixels from `first` on, and what arrives at z = (x - mean) gain + offset."""
-    pixel = first + tl.arange(0, ROWS)
-    inside = pixel < stop
-    if DROPOUT:
-        kept = dropout.kept(seed, largest_dropped, batch, pixel, first_channel, channels, LANES)
-    at = pixel[:, None] * x_pixel + (channel * step)[None, :]
-    tile = tl.load(x + at, mask=inside[:, None] & lanes[None, :], other=0.0).to(tl.float32)
-    centred = tile - mean[None, :]
-    dz = load_gradient(grad, pixel, inside, channel, lanes, width, height, grad_pixel, grad_step, MODE)
-    if SILU:
-        z = centred * gain[None, :] + offset[None, :]
-        sigmoid = tl.sigmoid(z)
-        dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-    if DROPOUT:
-        dz = tl.where(kept, dz * factor, 0.0)
-    return centred, dz
-
-
-@triton.jit(do_not_specialize=dropout.PLAIN)
-def sums_kernel(
-    x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, channel_plane, group_plane,
-    x_batch, x_pixel, step, grad_batch, grad_pixel, grad_step, scale_row, shift_row, pixels, width, height,
-    channels, groups, chunks, chunk_pixels, parts, blocks, seed, largest_dropped, factor,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """S and T [2, B, chunks, C] of a chunk of pixels, and what they come to for the groups' parts of it.
-
-    T is that of x - mean, not divided by the deviation yet; the groups' sums [2, B, G, chunks, parts] are
-    those of S gain / deviation and T gain / deviation.
-    """
-    program = tl.program_id(0)
-    block = program % blocks
-    chunk = program // blocks % chunks
-    batch = program // blocks // chunks
-    group_channels = channels // groups
-    channel = block * LANES + tl.arange(0, LANES)
-    lanes = channel < channels
-    statistic = batch * groups + channel // group_channels
-    lane_mean = tl.load(mean + statistic, mask=lanes, other=0.0)
-    gain, offset = film(weight, bias, scale, shift, batch, scale_row, shift_row, channel, lanes, FILM)
-    gain *= tl.load(rstd + statistic, mask=lanes, other=0.0)
-    picture = batch.to(tl.int64)
-    x += picture * x_batch
-    grad += picture * grad_batch
-    first_sums = tl.zeros([ROWS, LANES], tl.float32)
-    second_sums = tl.zeros([ROWS, LANES], tl.float32)
-    begin = chunk * chunk_pixels
-    stop = tl.minimum(begin + chunk_pixels, pixels)
-    for first in range(begin, stop, ROWS):
-        centred, dz = tile_gradient(
-            x, grad, first, stop, channel, lanes, lane_mean, gain, offset, width, height, x_pixel, step,
-            grad_pixel, grad_step, seed, largest_dropped, factor, batch, block * LANES, channels, SILU, MODE,
-            DROPOUT, ROWS, LANES,
-        )  # fmt: skip
-        first_sums += dz
-        second_sums += dz * centred
-    total = tl.sum(first_sums, axis=0)
-    centred_total = tl.sum(second_sums, axis=0)
-    at = (batch * chunks + chunk) * channels + channel
-    tl.store(channel_sums + at, total, mask=lanes)
-    tl.store(channel_sums + channel_plane + at, centred_total, mask=lanes)
-    first_group = block * LANES // group_channels
-    member = members(channel, lanes, first_group, group_channels, SLOTS)
-    group = first_group + tl.arange(0, SLOTS)
-    part = block - group * group_channels // LANES
-    at = entry(batch, group, groups, chunk, chunks, part, parts)
-    there = (group < groups) & (group_block(group, part, group_channels, LANES) > 0)
-    tl.store(group_sums + at, to_slots(gain * total, member), mask=there)
-    tl.store(group_sums + group_plane + at, to_slots(gain * centred_total, member), mask=there)
 
 
 @triton.jit
@@ -210,16 +108,44 @@ def write_film(
     tl.store(grad_shift + at, total.to(grad_shift.dtype.element_ty), mask=lanes)
 
 
+@triton.jit
+def load_summand(summand, pixel, within, channel, summand_pixel, summand_step):
+    """Another path's gradient of a tile, float32 [ROWS, LANES]."""
+    near = pixel[:, None] * summand_pixel + (channel * summand_step)[None, :]
+    return tl.load(summand + near, mask=within, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write_column_sums(
+    total, column_parts, column_sums, arrived, part, parts, channels, channel, lanes, COPIES: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Leave a program's part [C] of the sums of dx; the last one of a tile column puts all together."""
+    tl.store(column_parts + part * channels + channel, total, mask=lanes)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1:
+        sums = tl.zeros([ROWS, LANES], tl.float32)
+        for first in range(0, parts, ROWS):
+            row = first + tl.arange(0, ROWS)
+            there = (row < parts)[:, None] & lanes[None, :]
+            at = row[:, None] * channels + channel[None, :]
+            sums += tl.load(column_parts + at, mask=there, other=0.0, cache_modifier=".cg")
+        result = tl.sum(sums, axis=0).to(column_sums.dtype.element_ty)
+        for copy in tl.static_range(COPIES):
+            tl.store(column_sums + copy * channels + channel, result, mask=lanes)
+
+
 @triton.jit(do_not_specialize=dropout.PLAIN)
 def dx_kernel(
     x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, grad_x, grad_weight, grad_bias,
-    grad_scale, grad_shift, summand, channel_plane, group_plane, x_batch, x_pixel, step, grad_batch,
-    grad_pixel, grad_step, summand_batch, summand_pixel, summand_step, dx_batch, dx_pixel, dx_step,
-    scale_row, shift_row, batches, pixels, width, height, channels, groups, chunks, parts, blocks, runs,
-    run_pixels, seed, largest_dropped, factor,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMAND: tl.constexpr,
-    DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    grad_scale, grad_shift, summand, second, column_parts, column_sums, arrived, channel_plane, group_plane,
+    x_batch, x_pixel, step, grad_batch, grad_pixel, grad_step, summand_batch, summand_pixel, summand_step,
+    second_batch, second_pixel, second_step, dx_batch, dx_pixel, dx_step, scale_row, shift_row, batches,
+    pixels, width, height, channels, groups, chunks, parts, blocks, runs, run_pixels, seed, largest_dropped,
+    factor,
+    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMANDS: tl.constexpr,
+    DROPOUT: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients by the first `blocks` programs, those of x and FiLM by the others."""
     block = tl.program_id(0) % blocks
@@ -255,67 +181,89 @@ def dx_kernel(
         lane_rstd = tl.load(rstd + statistic, mask=lanes, other=0.0)
         gain, offset = film(weight, bias, scale, shift, batch, scale_row, shift_row, channel, lanes, FILM)
         gain *= lane_rstd
-        lane_share = to_lanes(group_share, member)
         lane_slope = to_lanes(group_slope, member) * lane_rstd * lane_rstd
+        # With x as it is, not centred, a thread keeps one number a channel less.
+        offset -= lane_mean * gain
+        lane_share = to_lanes(group_share, member) - lane_mean * lane_slope
+        center = tl.zeros([LANES], tl.float32)
         picture = batch.to(tl.int64)
         begin = run * run_pixels
         stop = tl.minimum(begin + run_pixels, pixels)
+        columns = tl.zeros([ROWS, LANES], tl.float32)
         for first in range(begin, stop, ROWS):
-            centred, dz = tile_gradient(
-                x + picture * x_batch, grad + picture * grad_batch, first, stop, channel, lanes, lane_mean,
+            tile, dz, _ = tile_gradient(
+                x + picture * x_batch, grad + picture * grad_batch, first, stop, channel, lanes, center,
                 gain, offset, width, height, x_pixel, step, grad_pixel, grad_step, seed, largest_dropped,
                 factor, batch, block * LANES, channels, SILU, MODE, DROPOUT, ROWS, LANES,
             )  # fmt: skip
-            dx = dz * gain[None, :] - lane_share[None, :] - centred * lane_slope[None, :]
+            dx = dz * gain[None, :] - lane_share[None, :] - tile * lane_slope[None, :]
             pixel = first + tl.arange(0, ROWS)
             at = pixel[:, None] * dx_pixel + (channel * dx_step)[None, :]
             within = (pixel < stop)[:, None] & lanes[None, :]
-            if SUMMAND:
-                near = pixel[:, None] * summand_pixel + (channel * summand_step)[None, :]
-                more = tl.load(summand + picture * summand_batch + near, mask=within, other=0.0)
-                dx += more.to(tl.float32)
+            if SUMMANDS > 0:
+                near = summand + picture * summand_batch
+                dx += load_summand(near, pixel, within, channel, summand_pixel, summand_step)
+            if SUMMANDS > 1:
+                near = second + picture * second_batch
+                dx += load_summand(near, pixel, within, channel, second_pixel, second_step)
             tl.store(grad_x + picture * dx_batch + at, dx.to(grad_x.dtype.element_ty), mask=within)
+            if COPIES:
+                columns += tl.where(within, dx, 0.0)
+        if COPIES:
+            write_column_sums(
+                tl.sum(columns, axis=0), column_parts, column_sums, arrived + block, program,
+                batches * runs, channels, channel, lanes, COPIES, ROWS, LANES,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Further:
+    """What one call does besides: sums it joins, and what it leaves."""
+
+    summand: Tensor | None = None  # like x, added to its gradient
+    second: Tensor | None = None  # likewise; only with a summand
+    sums: int = 0  # copies of the sums of x's gradient over all pixels
+    activated: Tensor | None = None  # like x, to be filled with the norm's own result
 
 
 class _Call:
     """One call: its gradients, and the launches that fill them."""
 
-    def __init__(
-        self, norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, summand: Tensor | None
-    ) -> None:
+    def __init__(self, norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, further: Further) -> None:
         own, arriving = tiles.as_map(x), tiles.as_map(grad)
-        added = own if summand is None else tiles.as_map(summand)
         self.batch, self.channels = x.shape[:2]
         self.groups = statistics.mean.shape[1]
         self.pixels = tiles.pixels_of(x)
         self.x = torch.empty(
             x.shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x)
         )
-        written = tiles.as_map(self.x)
         self.parameters = [torch.empty_like(each) for each in (norm.weight, norm.bias)]
         self.film = [
             x.new_empty(0) if each is None else each.new_empty(each.shape)
             for each in (norm.scale, norm.shift)
         ]
+        self.sums = x.new_empty((further.sums, self.channels) if further.sums else 0)
         self.maps: dict[str, Any] = {
-            **norm.arguments, "x": own.tensor, "grad": arriving.tensor, "mean": statistics.mean,
-            "rstd": statistics.rstd, "x_batch": own.batch, "x_pixel": own.pixel, "step": own.channel,
-            "grad_batch": arriving.batch, "grad_pixel": arriving.pixel, "grad_step": arriving.channel,
+            **norm.arguments, **_map("x", own), "step": own.channel, **_map("grad", arriving),
+            "grad_step": arriving.channel, "mean": statistics.mean, "rstd": statistics.rstd,
+            **_strided("activated", further.activated, x), "ACTIVATED": further.activated is not None,
             "pixels": self.pixels, "width": x.shape[-1], "height": x.shape[2], "channels": self.channels,
-            "groups": self.groups,
+            "groups": self.groups, "COPIES": further.sums,
         }  # fmt: skip
+        written = tiles.as_map(self.x)
         self.results: dict[str, Any] = {
             "grad_x": self.x, "grad_weight": self.parameters[0], "grad_bias": self.parameters[1],
             "grad_scale": self.film[0], "grad_shift": self.film[1], "dx_batch": written.batch,
             "dx_pixel": written.pixel, "dx_step": written.channel, "batches": self.batch,
-            "summand": added.tensor, "summand_batch": added.batch, "summand_pixel": added.pixel,
-            "summand_step": added.channel, "SUMMAND": summand is not None,
+            **_strided("summand", further.summand, x), **_strided("second", further.second, x),
+            "SUMMANDS": sum(each is not None for each in (further.summand, further.second)),
+            "column_sums": self.sums,
         }  # fmt: skip
 
     @property
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Those of x, weight, bias, scale, shift; the last two are empty where FiLM is absent."""
-        return self.x, self.parameters[0], self.parameters[1], self.film[0], self.film[1]
+    def gradients(self) -> Gradients:
+        """Those of x, weight, bias, scale, shift, and x's sums; empty are FiLM's where it is absent."""
+        return self.x, self.parameters[0], self.parameters[1], self.film[0], self.film[1], self.sums
 
     @property
     def table(self) -> str:
@@ -332,17 +280,29 @@ class _Call:
         arguments = {
             **self.maps, **cut.arguments, "channel_sums": channel_sums, "group_sums": group_sums,
             "channel_plane": channel_sums.numel() // 2, "group_plane": group_sums.numel() // 2,
+            "arrived": torch.empty(cut.blocks, dtype=torch.int32, device=self.x.device),
         }  # fmt: skip
         limited = tiles.unlimited(configuration, self.channels)
         sums = Launch(sums_kernel, self.batch * cut.blocks * cut.chunks, arguments, limited)
         runs, run_pixels = tiles.divide(self.pixels, cut.rows, tiles.PROGRAMS // (self.batch * cut.blocks))
+        parts = (self.batch * runs, self.channels) if len(self.sums) else 0
         arguments = {
             **arguments, **self.results, "runs": runs, "run_pixels": run_pixels,
+            "column_parts": torch.empty(parts, dtype=torch.float32, device=self.x.device),
             "CHUNKS": tiles.power_of_two(cut.chunks),
         }  # fmt: skip
-        free = replace(configuration, registers=None)  # it needs no more anyway but on the smallest maps
-        dx = Launch(dx_kernel, cut.blocks * (1 + self.batch * runs), arguments, free)
+        dx = Launch(dx_kernel, cut.blocks * (1 + self.batch * runs), arguments, limited)
         return [sums, dx]
+
+
+def _map(name: str, view: tiles.Map) -> dict[str, Any]:
+    return {name: view.tensor, f"{name}_batch": view.batch, f"{name}_pixel": view.pixel}
+
+
+def _strided(name: str, tensor: Tensor | None, instead: Tensor) -> dict[str, Any]:
+    """A map with a step of its own between channels; where it is absent, one that is not read."""
+    view = tiles.as_map(instead if tensor is None else tensor)
+    return {**_map(name, view), f"{name}_step": view.channel}
 
 
 def group_norm_backward(
@@ -357,24 +317,23 @@ def group_norm_backward(
     silu: bool,
     mode: int,
     summand: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> Gradients:
     """The op `group_norm_backward`; what the kernels do not cover goes to the default."""
     if not tiles.covered(x, mode):
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.default("group_norm_backward")(
-            grad, x, weight, bias, scale, shift, mean, rstd, silu, mode, summand
+        result: Gradients = dispatch.default("group_norm_backward")(
+            grad, x, weight, bias, scale, shift, mean, rstd, silu, mode, summand, sums
         )
         return result
     norm = Norm(weight, bias, scale, shift, mean.shape[1], 0.0, silu, mode)
-    return gradients(norm, grad, x, Statistics(mean, rstd), summand)
+    return gradients(norm, grad, x, Statistics(mean, rstd), Further(summand, sums=sums))
 
 
-def gradients(
-    norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, summand: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a norm's gradient comes to for x (plus ``summand``), weight, bias, scale, shift."""
-    call = _Call(norm, grad, x, statistics, summand)
+def gradients(norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, further: Further) -> Gradients:
+    """What a norm's gradient comes to for x (plus summands), weight, bias, scale, shift; and x's sums."""
+    call = _Call(norm, grad, x, statistics, further)
     if x.numel() == 0:
-        for each in call.parameters:
+        for each in (*call.parameters, call.sums):
             each.zero_()
         return call.gradients
     bits = 8 * x.element_size()
@@ -392,7 +351,9 @@ def cases(target: str, dropout: float = 0.0) -> Iterator[Case]:
         x = x.contiguous(memory_format=torch.channels_last)
         norm = Norm.blank(channels, batch=2, film=modulated, mode=mode, dropout=dropout)
         grad = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=torch.channels_last)
-        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), None if dropout else x)
+        activated = None if mode or dropout else x
+        further = Further(None if dropout else x, sums=COPIES, activated=activated)
+        call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), further)
         kind = f"{side}²x{channels} film {modulated} mode {mode}{' dropout' if dropout else ''}"
         for launch in call.launches(configurations.choose(call.table, target, 16, pixels)):
             name = launch.kernel.__name__.removesuffix("_kernel")

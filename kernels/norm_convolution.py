@@ -1,22 +1,26 @@
 """The op `norm_convolution`: the norm's kernels read both inputs where they lie, then a convolution follows.
 
 Where moments of the inputs are at hand (`glide_fast.kernels.moments`), the norm takes its statistics from
-them. The backward pass has the statistics from the forward pass, and computes the activated map again in
-one launch. cuDNN convolves, or our kernel with the weights that were chosen for it
-(`glide_fast.ops.chosen`), which also makes the gradient of what they multiplied; the gradient of a weight is
-always cuDNN's.
+them. The backward pass has the statistics from the forward pass; the activated map is made again by the first
+of the norm's kernels, which reads x anyway, or in a launch of its own where it is resampled. cuDNN convolves,
+or our kernel with the weights that were chosen for it (`glide_fast.ops.chosen`), which also makes the
+gradient of what they multiplied; the gradient of a weight is always cuDNN's.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from glide_fast.kernels import convolution
 from glide_fast.kernels.convolution_sum import convolve
 from glide_fast.kernels.group_norm import normalise
+from glide_fast.kernels.group_norm_backward import Further, gradients
 from glide_fast.kernels.group_norm_tiles import Norm, Statistics, covered
 from glide_fast.ops import chosen, dispatch, reference
 from glide_fast.ops.norm_convolution import before_convolution, bias_gradient, concatenated
+
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def norm_convolution(
@@ -68,28 +72,44 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> _Gradients:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
-    if norm_weight is None or norm_bias is None:
-        y = reference.resample(x, mode)
-    elif covered(x, mode):
-        norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
-        saved = Statistics(mean, rstd)
-        y = normalise(norm, x, memory_format=reference.channels_last(x), saved=saved)[0]
-    else:
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.default(
-            "norm_convolution_backward"
-        )(
+    normed = norm_weight is not None and norm_bias is not None
+    if normed and not covered(x, mode):
+        result: _Gradients = dispatch.default("norm_convolution_backward")(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight, summand,
+            needs_x, needs_weight, summand, sums,
         )  # fmt: skip
         return result
-    ours = needs_x and chosen.is_chosen(weight) and convolution.serves(grad, weight)
-    grad_y = grad_weight = None
-    if needs_weight or not ours:
-        grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x and not ours, needs_weight)
-    if ours:
-        grad_y = convolution.convolve(grad, weight, turned=True)
-    grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
-    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
-    return (*inner, grad_weight, bias_gradient(grad, bias))
+    layout = reference.channels_last(x)
+    inner: tuple[Tensor, ...] = (*(reference.nothing(x) for _ in range(6)),)
+    if norm_weight is None or norm_bias is None:
+        convolved = reference.resample(x, mode)
+        if needs_x:
+            arriving = _before(grad, convolved, weight)
+            inner = before_convolution(arriving, x, None, None, scale, shift, mean, rstd, mode, summand, sums)
+    else:
+        norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
+        saved = Statistics(mean, rstd)
+        shape = [*x.shape[:2], *grad.shape[2:]]
+        convolved = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        joint = mode == reference.RESAMPLE_NONE and needs_x and needs_weight
+        if needs_weight and not joint:
+            convolved = normalise(norm, x, memory_format=layout, saved=saved)[0]
+        if needs_x:
+            further = Further(summand, sums=sums, activated=convolved if joint else None)
+            inner = gradients(norm, _before(grad, convolved, weight), x, saved, further)
+    grad_weight = reference.nothing(x)
+    if needs_weight:
+        found = reference.convolve_backward(grad, convolved, weight, False, True)[1]
+        grad_weight = grad_weight if found is None else found
+    return (*inner[:5], grad_weight, bias_gradient(grad, bias), inner[5])
+
+
+def _before(grad: Tensor, convolved: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what was convolved, whose values are not read."""
+    if chosen.is_chosen(weight) and convolution.serves(grad, weight):
+        return convolution.convolve(grad, weight, turned=True)
+    found = reference.convolve_backward(grad, convolved, weight, True, False)[0]
+    return convolved if found is None else found

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
-from glide_fast.ops import reference
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops.dispatch import define, differentiable, is_served, needs_gradient
 from glide_fast.ops.group_norm import check, fake_backward, fake_forward, group_norm
 
@@ -96,11 +96,12 @@ def _reference_backward(
     rstd: Tensor,  # [B, G]
     dropout: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale, shift; the last two are empty where FiLM is absent."""
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale, shift, those two empty without FiLM; and sums of the first."""
     arriving = _dropped(grad.to(reference.compute_dtype(x.dtype)), dropout, seed)
     return reference.group_norm_backward(
-        arriving, x, weight, bias, scale, shift, mean, rstd, True, reference.RESAMPLE_NONE
+        arriving, x, weight, bias, scale, shift, mean, rstd, True, reference.RESAMPLE_NONE, None, sums
     )
 
 
@@ -129,9 +130,10 @@ def _fake_backward(
     rstd: Tensor,
     dropout: float,  # noqa: ARG001 (a fake has the op's signature)
     seed: int,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     none = reference.RESAMPLE_NONE
-    return fake_backward(grad, x, weight, bias, scale, shift, mean, rstd, True, none)
+    return fake_backward(grad, x, weight, bias, scale, shift, mean, rstd, True, none, None, sums)
 
 
 FORWARD = define(
@@ -144,7 +146,8 @@ FORWARD = define(
 BACKWARD = define(
     "dropped_group_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean,"
-    " Tensor rstd, float dropout, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor rstd, float dropout, int seed, int sums=0)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference_backward,
     _fake_backward,
 )
@@ -177,8 +180,10 @@ class _DroppedGroupNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, *ctx.drawn)
-        film = gradients[3:] if scale is not None else (None, None)
+        sums = column_sums.wanted("dropped_group_norm_backward", x)
+        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, *ctx.drawn, sums)
+        column_sums.remember(gradients[0], 1, gradients[5])
+        film = gradients[3:5] if scale is not None else (None, None)
         return None, *gradients[:3], *film, None, None, None, None
 
 

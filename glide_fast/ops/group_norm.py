@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glide_fast.ops import reference
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 
 Activation = Literal["none", "silu"]
@@ -69,12 +69,15 @@ def fake_backward(
     silu: bool,  # noqa: ARG001
     mode: int,  # noqa: ARG001
     summand: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias, scale and shift without values."""
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias, scale and shift, and the sums of the first, without values."""
     grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
     grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
     grad_shift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
-    return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), grad_scale, grad_shift
+    found = x.new_empty((sums, x.shape[1]) if sums else 0)
+    parameters = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return grad_x, *parameters, grad_scale, grad_shift, found
 
 
 FORWARD = define(
@@ -87,7 +90,8 @@ FORWARD = define(
 BACKWARD = define(
     "group_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean,"
-    " Tensor rstd, bool silu, int mode, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor rstd, bool silu, int mode, Tensor? summand=None, int sums=0)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.group_norm_backward,
     fake_backward,
 )
@@ -120,8 +124,12 @@ class _GroupNorm(torch.autograd.Function):
         if grad is None:
             return None, beside, *(None,) * 8
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode, beside)
-        film = gradients[3:] if scale is not None else (None, None)
+        sums = column_sums.wanted("group_norm_backward", x)
+        gradients = BACKWARD(
+            grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode, beside, sums
+        )
+        column_sums.remember(gradients[0], 1, gradients[5])
+        film = gradients[3:5] if scale is not None else (None, None)
         return None, *gradients[:3], *film, None, None, None, None
 
 

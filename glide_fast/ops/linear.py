@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glide_fast.ops import activation as activations
-from glide_fast.ops import reference
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.packed import trained
 
@@ -130,7 +130,7 @@ class _Linear(torch.autograd.Function):
             None,
             grad_x if needs_x else None,
             grad_weight if needs_weight else None,
-            inner.reshape(-1, inner.shape[-1]).sum(0) if needs_bias else None,
+            column_sums.bias_gradient(inner, -1) if needs_bias else None,
             grad if needs_residual else None,
             None,
         )

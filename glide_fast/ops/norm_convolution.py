@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops import group_norm as norm
-from glide_fast.ops import reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.group_norm import Resample
 from glide_fast.ops.packed import trained
@@ -98,13 +98,21 @@ def composed_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
-    y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
+    if needs_weight:
+        y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
+    else:  # its values are not read
+        y = x.new_empty([*x.shape[:2], *grad.shape[2:]]).contiguous(
+            memory_format=reference.memory_format(grad)
+        )
     grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
-    inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
-    return (*inner, grad_weight, bias_gradient(grad, bias))
+    *inner, found = before_convolution(
+        grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand, sums
+    )
+    return (*inner, grad_weight, bias_gradient(grad, bias), found)  # type: ignore[return-value]
 
 
 def before_convolution(
@@ -118,19 +126,20 @@ def before_convolution(
     rstd: Tensor,
     mode: int,
     summand: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of what is convolved: those of x, the norm's weight and bias, scale and shift.
 
-    ``summand``, like x, is added to the first.
+    ``summand``, like x, is added to the first; behind them are copies of its sums [sums, C].
     """
     if grad is None:
-        return reference.nothing(x), *reference.four_nothings(x)
+        return reference.nothing(x), *reference.four_nothings(x), reference.nothing(x)
     if norm_weight is None or norm_bias is None:
         grad_x = reference.plus(reference.resample_backward(grad, mode, x.shape[2:]), summand)
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
-        return grad_x, *reference.four_nothings(x)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
-        grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
+        return grad_x, *reference.four_nothings(x), reference.column_sums(grad_x, 1, sums)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
+        grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand, sums
     )
     return gradients
 
@@ -175,7 +184,8 @@ def _fake_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
 
@@ -188,7 +198,8 @@ def _fake_backward(
     grad_weight = like(weight, needs_weight)
     if needs_weight:
         grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
-    return grad_x, grad_norm_weight, grad_norm_bias, *film, grad_weight, grad_bias
+    found = x.new_empty((sums, x.shape[1]) if sums and needs_x else 0)
+    return grad_x, grad_norm_weight, grad_norm_bias, *film, grad_weight, grad_bias, found
 
 
 FORWARD = define(
@@ -204,7 +215,8 @@ BACKWARD = define(
     "norm_convolution_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
     " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
-    " bool needs_weight, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool needs_weight, Tensor? summand=None, int sums=0)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.norm_convolution_backward,
     _fake_backward,
     default=composed_backward,
@@ -241,10 +253,19 @@ class _NormConvolution(torch.autograd.Function):
         *saved, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         needs_x, needs_weight = any(needs[:5]), needs[8]
-        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight, beside)
+        common = bias is not None and bias.ndim == 1  # its gradient may be known already
+        sums = (
+            column_sums.wanted("norm_convolution_backward", grad) if needs_x and saved[1] is not None else 0
+        )
+        gradients = BACKWARD(
+            grad, *saved, *ctx.settings, weight, None if common else bias, needs_x, needs_weight, beside, sums
+        )
+        column_sums.remember(gradients[0], 1, gradients[7])
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
-        grad_bias = gradients[6] if needs[9] else None
+        grad_bias = None
+        if needs[9]:
+            grad_bias = column_sums.bias_gradient(grad, 1) if common else gradients[6]
         grad_residual = _residual_gradient(grad, ctx.residual_space) if needs[10] else None
         return None, *inner, None, None, None, grad_weight, grad_bias, grad_residual
 

@@ -122,8 +122,12 @@ def group_norm_backward(
     silu: bool,
     mode: int,
     summand: Tensor | None = None,  # like x
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand``), weight, bias, scale, shift; the last two empty without FiLM."""
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (plus ``summand``), weight, bias, scale, shift; and copies of the first's sums [n, C].
+
+    Those of scale and shift are empty without FiLM.
+    """
     dtype = compute_dtype(x.dtype)
     batch, channels, groups = x.shape[0], x.shape[1], mean.shape[1]
     wide_weight, wide_bias = weight.to(dtype), bias.to(dtype)
@@ -164,6 +168,7 @@ def group_norm_backward(
         bias_terms.sum(0).to(bias.dtype),
         grad_scale,
         grad_shift,
+        column_sums(grad_x, 1, sums),
     )
 
 
@@ -226,6 +231,15 @@ def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     return grad.sum([dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)])
 
 
+def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
+    """[copies, C], each the sum over all dimensions but ``dim``; [0] without copies."""
+    if not copies:
+        return nothing(gradient)
+    others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
+    total = gradient.to(compute_dtype(gradient.dtype)).sum(others).to(gradient.dtype)
+    return total.repeat(copies, 1)
+
+
 def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     """tensor, or its sum with ``summand`` in tensor's dtype."""
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
@@ -252,10 +266,11 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # like x
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (plus ``summand``), norm_weight, norm_bias, scale, shift, weight, bias.
 
-    Those that are not needed are empty.
+    Those that are not needed are empty. Behind them are copies of the first's sums [n, C].
     """
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
@@ -266,17 +281,18 @@ def norm_convolution_backward(
     grad_activated, grad_weight = convolve_backward(
         grad.to(dtype), activated, weight.to(dtype), needs_x, needs_weight
     )
-    inner = nothing(x), *four_nothings(x)
+    inner: tuple[Tensor, ...] = nothing(x), *four_nothings(x)
     if grad_activated is not None and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
             grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
-        )
+        )[:5]
     elif grad_activated is not None:
         inner = (plus(resample_backward(grad_activated, mode, x.shape[2:]), summand), *inner[1:])
     grad_bias = nothing(x) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
     grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
     grad_weight = nothing(x) if grad_weight is None else grad_weight.to(weight.dtype)
-    return grad_x, *inner[1:], grad_weight, grad_bias
+    found = column_sums(grad_x, 1, sums if needs_x else 0)
+    return grad_x, inner[1], inner[2], inner[3], inner[4], grad_weight, grad_bias, found
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

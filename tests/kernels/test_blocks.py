@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.models.clip import ClipBlock
-from glide_fast.models.layers import AttentionBlock, ResBlock
+from glide_fast.models.layers import AttentionBlock, GroupNorm, ResBlock
 from glide_fast.models.transformer import TransformerBlock
-from glide_fast.ops import use_reference
+from glide_fast.ops import column_sums, use_reference
 from tests.kernels.interpreter import DEVICE, use_kernels
 
 
@@ -34,6 +34,12 @@ def draw(*shape: int) -> Tensor:
 def close(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape
     assert float((actual.double() - expected).norm() / expected.norm()) <= 2e-6
+
+
+@pytest.fixture(autouse=True)
+def sums_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes leave the sums of a bias's gradient for it here too."""
+    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x: column_sums.COPIES)
 
 
 def compare(module: nn.Module, *inputs: Any) -> None:
@@ -73,6 +79,41 @@ def test_a_decoders_block_reads_both_inputs_where_they_lie(channels_last: bool) 
 def test_an_attention_block_learns_alike() -> None:
     block = AttentionBlock(32, 2, 16, norm_groups=4)
     compare(filled(block), draw(1, 32, 4, 4), draw(1, 5, 16))
+
+
+class Chain(nn.Module):
+    """What a level of a U-Net does: blocks with and without a projection, attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = ResBlock(8, 16, 16, norm_groups=4)
+        self.attention = AttentionBlock(16, 2, norm_groups=4)
+        self.second = ResBlock(16, 16, 16, norm_groups=4)
+        self.norm = GroupNorm(16, 4)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.second(self.attention(self.first(x, embedding)), embedding))
+        return y
+
+
+def test_no_gradient_is_read_again_for_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    plain = Tensor.sum
+
+    def counted(tensor: Tensor, *args: Any) -> Tensor:
+        sums.append(tensor.shape)
+        return plain(tensor, *args)
+
+    chain = filled(Chain())
+    x = draw(2, 8, 6, 4).requires_grad_()
+    with use_kernels():
+        y = chain(x, draw(2, 16))
+        monkeypatch.setattr(Tensor, "sum", counted)
+        y.backward(draw(2, 16, 6, 4))
+    monkeypatch.undo()
+    # Of queries, keys and values, and of the timestep's projections; not of maps.
+    assert all(len(shape) < 4 and shape != (2, 24, 16) for shape in sums)
+    compare(chain, draw(2, 8, 6, 4), draw(2, 16))
 
 
 def test_transformers_blocks_learn_alike() -> None:

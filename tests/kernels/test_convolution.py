@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glide_fast.kernels import convolution, moments, norm_convolution, product
 from glide_fast.ops import chosen, dispatch, reference
+from glide_fast.ops.column_sums import COPIES
 from tests.kernels import interpreter
 from tests.kernels.products import PATHS, TOLERANCES, compiled, error, exact_statistics, poisoned, take_path
 
@@ -125,10 +126,11 @@ OP_CASES = (
     {"skip": 8, "film": True, "mode": reference.RESAMPLE_UP, "residual": "half", "dtype": torch.float16},
     {"skip": 0, "film": False, "mode": reference.RESAMPLE_DOWN, "residual": "none", "dtype": torch.float32},
     {"skip": 0, "film": None, "mode": reference.RESAMPLE_NONE, "residual": "same", "dtype": torch.bfloat16},
+    {"skip": 8, "film": True, "mode": reference.RESAMPLE_NONE, "residual": "none", "dtype": torch.float32},
 )
 
 
-@pytest.mark.parametrize("case", OP_CASES, ids=lambda case: f"{case['dtype']}")
+@pytest.mark.parametrize("case", OP_CASES, ids=lambda case: f"{case['dtype']}-{case['mode']}")
 @pytest.mark.parametrize("ours", [True, False], ids=["triton", "library"])
 def test_the_op_follows_its_reference(case: dict[str, Any], ours: bool) -> None:
     dtype, channels = case["dtype"], 8 + case["skip"]
@@ -155,11 +157,14 @@ def test_the_op_follows_its_reference(case: dict[str, Any], ours: bool) -> None:
             assert error(value, exact_value) <= 2 * TOLERANCES[dtype]
     whole = x if skip is None else torch.cat([x, skip], dim=1)
     backward = normal(*actual[0].shape), whole, *norm, *film, *actual[1:], *settings, weight, forward[10]
-    gradients = norm_convolution.norm_convolution_backward(*backward, True, True)
-    right = reference.norm_convolution_backward(*[to_double(each) for each in backward], True, True)
-    for value, exact_value in zip(gradients, right, strict=True):
-        if exact_value.numel():
-            assert error(value, exact_value) <= 3 * TOLERANCES[dtype]
+    for needs in ((True, True), (True, False), (False, True)):
+        more = *needs, normal(*whole.shape), COPIES
+        gradients = norm_convolution.norm_convolution_backward(*backward, *more)
+        right = reference.norm_convolution_backward(*[to_double(each) for each in (*backward, *more)])
+        for value, exact_value in zip(gradients, right, strict=True):
+            assert value.shape == exact_value.shape
+            if exact_value.numel():
+                assert error(value, exact_value) <= 3 * TOLERANCES[dtype]
     chosen.forget([weight])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glide_fast.kernels import dropped_group_norm as ours
 from glide_fast.kernels import group_norm as forward
+from glide_fast.ops.column_sums import COPIES
 from glide_fast.ops.dropped_group_norm import draw_seed, dropped_group_norm, kept
 from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE, use_kernels
@@ -64,11 +65,14 @@ def test_gradients_are_exact(case: Case) -> None:
     statistics = exact(case, 0.3, SEED)[1:]
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(DEVICE, case.dtype)
     saved = [value.float() for value in statistics]
-    actual = ours.dropped_group_norm_backward(grad, x, *parameters, *saved, 0.3, SEED)
+    actual = ours.dropped_group_norm_backward(grad, x, *parameters, *saved, 0.3, SEED, COPIES)
     expected = torch.ops.glide_fast.dropped_group_norm_backward_reference(
-        grad.double(), x.double(), *map(wide, parameters), *statistics, 0.3, SEED
+        grad.double(), x.double(), *map(wide, parameters), *statistics, 0.3, SEED, COPIES
     )
-    for value, right, like in zip(actual, expected, (x, *parameters), strict=True):
+    total = expected[0].abs().sum((0, *range(2, x.ndim))).norm()  # what a sum's terms come to
+    assert actual[5].shape == expected[5].shape
+    assert float((actual[5].double() - expected[5]).norm() / total) <= TOLERANCE[case.dtype]
+    for value, right, like in zip(actual[:5], expected[:5], (x, *parameters), strict=True):
         assert value.shape == right.shape
         if like is not None and right.norm() > 0:
             assert value.dtype is like.dtype
@@ -97,8 +101,9 @@ def test_an_empty_batch_and_float64_are_served(shape: tuple[int, ...]) -> None:
     y, *saved = ours.dropped_group_norm(x, *parameters, 4, EPS, 0.5, SEED)
     expected = torch.ops.glide_fast.dropped_group_norm_reference(x, *parameters, 4, EPS, 0.5, SEED)
     assert torch.equal(y, expected[0])
-    gradients = ours.dropped_group_norm_backward(y, x, *parameters, *saved, 0.5, SEED)
-    assert [value.shape for value in gradients] == [value.shape for value in (x, *parameters)]
+    gradients = ours.dropped_group_norm_backward(y, x, *parameters, *saved, 0.5, SEED, COPIES)
+    shapes = [value.shape for value in (x, *parameters)]
+    assert [value.shape for value in gradients] == [*shapes, (COPIES, shape[1])]
     assert bool(gradients[1].any()) is (shape[0] > 0)
 
 
@@ -136,7 +141,7 @@ def test_resources_hold_to_the_budget() -> None:
         assert row["spills"] == 0, row
         assert row["registers"] <= (64 if split else 80), row
         assert row["occupancy"] >= (0.5 if split else 0.37), row
-        assert row["shared"] <= 2048, row
+        assert row["shared"] <= (4096 if " dx " in row["name"] else 2048), row
         assert row["wide_loads"] >= 2, row
 
 

@@ -15,6 +15,7 @@ from glide_fast.kernels import group_norm as forward
 from glide_fast.kernels import group_norm_backward as backward
 from glide_fast.kernels import group_norm_tiles as tiles
 from glide_fast.ops import reference
+from glide_fast.ops.column_sums import COPIES
 from glide_fast.ops.group_norm import resampled_shape
 from tests.kernels.compiled import compile_cases, rehearse
 from tests.kernels.interpreter import DEVICE
@@ -109,16 +110,36 @@ def assert_backward(case: Case) -> None:
     if len(x) > 1:  # the gradient of another path, in a wider tensor of its own
         drawn = torch.randn((x.shape[0], x.shape[1] + 3, *x.shape[2:]), generator=generator)
         summand = laid_out(drawn.to(DEVICE, case.dtype), case.layout)[:, 3:]
-    actual = backward.group_norm_backward(grad, x, *parameters, *saved, *settings, summand)
+    actual = backward.group_norm_backward(grad, x, *parameters, *saved, *settings, summand, COPIES)
     exact = reference.group_norm_backward(
-        grad.double(), x.double(), *map(wide, parameters), *exact_statistics, *settings, wide(summand)
+        grad.double(), x.double(), *map(wide, parameters), *exact_statistics, *settings, wide(summand), COPIES
     )
     assert actual[0].stride() == torch.empty_like(x, memory_format=reference.memory_format(x)).stride()
-    for value, right, like in zip(actual, exact, (x, *parameters), strict=True):
+    for value, right, like in zip(actual, exact, (x, *parameters, x), strict=True):
         assert value.shape == right.shape
         if like is not None:
             assert value.dtype is like.dtype
             assert error(value, right) <= TOLERANCE[like.dtype]
+
+
+@pytest.mark.parametrize(
+    "case", [Case(shape=(2, 48, 9, 8), groups=4), Case(shape=(3, 20, 33), groups=5, silu=False)], ids=str
+)
+def test_two_paths_join_and_the_norm_is_left_for_who_needs_it(case: Case) -> None:
+    x, _, *parameters = case.inputs()
+    y, *saved = (each.float() for each in exact_forward(case))
+    draws = torch.Generator().manual_seed(7)
+    grad, summand, second = (torch.randn(x.shape, generator=draws).to(DEVICE, case.dtype) for _ in range(3))
+    activated = torch.full_like(y, float("nan"))
+    norm = tiles.Norm(*parameters, case.groups, EPS, case.silu, case.mode)
+    further = backward.Further(summand, second, sums=3, activated=activated)
+    actual = backward.gradients(norm, grad, x, tiles.Statistics(*saved), further)
+    exact = reference.group_norm_backward(
+        *map(wide, (grad, x, *parameters, *saved)), case.silu, case.mode, wide(summand + second), 3
+    )
+    for value, right in zip((*actual, activated), (*exact, wide(y)), strict=True):
+        assert error(value, right) <= TOLERANCE[case.dtype]
+    assert actual[5].shape == (3, x.shape[1])
 
 
 # Groups of 6 to 48 channels, and odd ones; maps that fill no tile; what lies in two tile columns.
@@ -279,8 +300,9 @@ def test_an_empty_batch_gives_empty_results_and_zero_parameter_gradients(mode: i
     x, _, *parameters = case.inputs()
     y, *saved = forward.group_norm(x, *parameters, 32, EPS, True, mode)
     assert y.shape == tuple(resampled_shape(x, mode))
-    gradients = backward.group_norm_backward(y, x, *parameters, *saved, True, mode)
-    assert [value.shape for value in gradients] == [value.shape for value in (x, *parameters)]
+    gradients = backward.group_norm_backward(y, x, *parameters, *saved, True, mode, None, COPIES)
+    shapes = [value.shape for value in (x, *parameters)]
+    assert [value.shape for value in gradients] == [*shapes, (COPIES, 64)]
     assert not gradients[1].any()
     assert not gradients[2].any()
 

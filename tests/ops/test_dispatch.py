@@ -118,7 +118,7 @@ def test_group_norm_under_use_reference_is_the_reference_bit_for_bit() -> None:
     inputs = [None if value is None else value.detach() for value in NORM.inputs()]
     output, mean, rstd = reference.group_norm(*inputs, 3, 1e-5, True, reference.RESAMPLE_DOWN)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
-    gradients = reference.group_norm_backward(grad, *inputs, mean, rstd, True, reference.RESAMPLE_DOWN)
+    gradients = reference.group_norm_backward(grad, *inputs, mean, rstd, True, reference.RESAMPLE_DOWN)[:5]
     for name, value in zip(("output", *group_norm_cases.NAMES), (output, *gradients), strict=True):
         assert torch.equal(actual[name], value), name
 

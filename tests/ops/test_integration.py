@@ -69,7 +69,8 @@ def test_opcheck_of_group_norm_backward(case: NORM, dtype: torch.dtype) -> None:
     arguments = (torch.randn_like(output), *arguments[:5], mean, rstd, *arguments[7:])
     torch.library.opcheck(torch.ops.glide_fast.group_norm_backward.default, arguments)
     summand = torch.randn_like(arguments[1])
-    torch.library.opcheck(torch.ops.glide_fast.group_norm_backward.default, (*arguments, summand))
+    for sums in (0, 1, 2):
+        torch.library.opcheck(torch.ops.glide_fast.group_norm_backward.default, (*arguments, summand, sums))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,10 +116,11 @@ def test_opcheck_of_norm_convolution_backward(
     output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, *arguments)
     _skip, *film, groups, eps, mode, weight, bias, _residual = arguments
     grad = torch.randn_like(output)
-    torch.library.opcheck(
-        torch.ops.glide_fast.norm_convolution_backward.default,
-        (grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs),
-    )
+    for beside in ((), (torch.randn_like(x), 2)):
+        torch.library.opcheck(
+            torch.ops.glide_fast.norm_convolution_backward.default,
+            (grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs, *beside),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
