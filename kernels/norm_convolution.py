@@ -68,6 +68,7 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
@@ -81,7 +82,7 @@ def norm_convolution_backward(
             "norm_convolution_backward"
         )(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight, summand,
+            needs_x, needs_weight, summand, second,
         )  # fmt: skip
         return result
     ours = needs_x and chosen.is_chosen(weight) and convolution.serves(grad, weight)
@@ -91,5 +92,6 @@ def norm_convolution_backward(
     if ours:
         grad_y = convolution.convolve(grad, weight, turned=True)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
+    summand = reference.sum_of(summand, second)
     inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
     return (*inner, grad_weight, bias_gradient(grad, bias))

@@ -133,13 +133,14 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`."""
     tile = winograd_tile(x, mode, weight, min(weight.shape[:2]))
     if not tile:
         return op.composed_backward(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight, summand,
+            needs_x, needs_weight, summand, second,
         )  # fmt: skip
     grad, map_x = _channels_last(grad), _channels_last(x)
     grad_weight = weight.new_empty(0)
@@ -151,6 +152,7 @@ def norm_convolution_backward(
     if needs_x:
         inner = memory.empty_map(len(x), weight.shape[1], *grad.shape[2:])
         _OPS.convolution(grad, None, None, None, 0, weight, None, tile, True, None, None, inner)
+    summand = reference.sum_of(summand, second)
     gradients = op.before_convolution(
         inner, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand
     )

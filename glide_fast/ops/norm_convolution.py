@@ -98,11 +98,13 @@ def composed_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
     y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
     grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
+    summand = reference.sum_of(summand, second)
     inner = before_convolution(grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand)
     return (*inner, grad_weight, bias_gradient(grad, bias))
 
@@ -175,6 +177,7 @@ def _fake_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # noqa: ARG001
+    second: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
@@ -204,7 +207,8 @@ BACKWARD = define(
     "norm_convolution_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
     " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
-    " bool needs_weight, Tensor? summand=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool needs_weight, Tensor? summand=None, Tensor? second=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.norm_convolution_backward,
     _fake_backward,
     default=composed_backward,
@@ -221,8 +225,8 @@ class _NormConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Callable[..., Any], x: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The op, by ``call``, and x itself: what comes back for that is another path's gradient of x."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The op, by ``call``, and x itself twice: what comes back for those are other paths' gradients."""
         *film, groups, eps, mode, weight, bias, residual = args
         output, mean, rstd = call(x, None, *film, groups, eps, mode, trained(weight), bias, residual)
         ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
@@ -230,18 +234,18 @@ class _NormConvolution(torch.autograd.Function):
         ctx.residual_space = None if residual is None else residual.shape[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd, x
+        return output, mean, rstd, x, x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
-        beside = further[2]
+        beside = [each for each in further[2:] if each is not None]
         if grad is None:
-            return None, beside, *(None,) * 11
+            return None, reference.sum_of(*further[2:]), *(None,) * 11
         *saved, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         needs_x, needs_weight = any(needs[:5]), needs[8]
-        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight, beside)
+        gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight, *beside)
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
         grad_bias = gradients[6] if needs[9] else None
@@ -362,11 +366,11 @@ def norm_convolution_beside(
     groups: int = 32,
     eps: float = 1e-5,
     resample: Resample = "none",
-) -> tuple[Tensor, Tensor]:
-    """:func:`norm_convolution`, and x for a path beside it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_convolution`, and x for each of two paths beside it.
 
-    In training the second is a view of x. Who reads it in place of x has its gradient added as this op's
-    backward pass writes its own, which saves autograd a sum of two maps.
+    In training the second and the third are views of x. Who reads one in place of x has its gradient added as
+    this op's backward pass writes its own, which saves autograd a sum of two maps.
 
     Raises:
         ValueError: as :func:`norm_convolution`.
@@ -376,11 +380,11 @@ def norm_convolution_beside(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, groups=groups, eps=eps,
             resample=resample,
         )  # fmt: skip
-        return y, x
+        return y, x, x
     mode = norm.mode_of(resample)
     _check(x, None, weight, bias, None, norm.resampled_shape(x, mode))
     norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
     found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
         FORWARD, x, norm_weight, norm_bias, None, None, groups, eps, mode, weight, bias, None
     )
-    return found[0], found[3]
+    return found[0], found[3], found[4]

@@ -231,6 +231,11 @@ def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
 
 
+def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Their sum in the dtype of the first, or the one that is there."""
+    return second if first is None else plus(first, second)
+
+
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
@@ -252,8 +257,9 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # like x
+    second: Tensor | None = None,  # like x
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand``), norm_weight, norm_bias, scale, shift, weight, bias.
+    """Gradients of x (plus ``summand`` and ``second``), norm_weight, norm_bias, scale, shift, weight, bias.
 
     Those that are not needed are empty.
     """
@@ -267,6 +273,8 @@ def norm_convolution_backward(
         grad.to(dtype), activated, weight.to(dtype), needs_x, needs_weight
     )
     inner = nothing(x), *four_nothings(x)
+    if second is not None:
+        summand = second if summand is None else summand.to(dtype) + second.to(dtype)
     if grad_activated is not None and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
             grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand

@@ -115,10 +115,15 @@ def test_opcheck_of_norm_convolution_backward(
     output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, *arguments)
     _skip, *film, groups, eps, mode, weight, bias, _residual = arguments
     grad = torch.randn_like(output)
-    torch.library.opcheck(
-        torch.ops.glide_fast.norm_convolution_backward.default,
-        (grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs),
-    )
+    given = grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs
+    torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, given)
+    if needs == (True, False):  # with what comes back for two paths beside
+        beside = torch.randn_like(x), torch.randn_like(x)
+        torch.library.opcheck(
+            torch.ops.glide_fast.norm_convolution_backward.default,
+            (*given, *beside),
+            test_utils="test_schema",
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
