@@ -35,11 +35,11 @@ def norm_convolution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
-        y = reference.resample(concatenated(x, skip), mode)
-        mean, rstd = reference.nothing(x), reference.nothing(x)
+        y = reference.resample(concatenated(x, skip).to(weight.dtype), mode)
+        mean, rstd = reference.nothing(y), reference.nothing(y)
     elif covered(x, mode, weight.shape[1]):
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
-        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x))
+        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x), dtype=weight.dtype)
         mean, rstd = statistics.mean, statistics.rstd
     else:
         result: tuple[Tensor, Tensor, Tensor] = dispatch.default("norm_convolution")(
@@ -72,11 +72,12 @@ def norm_convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
-        y = reference.resample(x, mode)
+        y = reference.resample(x.to(weight.dtype), mode)
     elif covered(x, mode):
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
         saved = Statistics(mean, rstd)
-        y = normalise(norm, x, memory_format=reference.channels_last(x), saved=saved)[0]
+        layout = reference.channels_last(x)
+        y = normalise(norm, x, memory_format=layout, saved=saved, dtype=weight.dtype)[0]
     else:
         result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.default(
             "norm_convolution_backward"

@@ -143,7 +143,7 @@ class GroupNorm(nn.Module):
         )
 
 
-def _is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
+def is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
     """Whether a norm and a convolution are one operation: ours, unwatched, not resampling a volume."""
     volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
     ours = type(convolution) in CONVOLUTIONS.values()
@@ -166,7 +166,7 @@ def activated_convolution(
     One operation, unless the convolution was replaced or a hook watches a layer: then both layers are called.
     """
     scale, offset = (None, None) if film is None else film
-    if not _is_fused(norm, convolution, x, resample):
+    if not is_fused(norm, convolution, x, resample):
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
@@ -192,7 +192,7 @@ def _activated_convolution_beside(
     norm: Any, convolution: Any, x: Tensor, shift: Tensor | None, resample: Resample
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`activated_convolution`, and x for two other paths, whose gradients join the norm's of x."""
-    if not _is_fused(norm, convolution, x, resample):
+    if not is_fused(norm, convolution, x, resample):
         return activated_convolution(norm, convolution, x, shift=shift, resample=resample), x, x
     bias = convolution.bias.to(x.dtype)
     return ops.norm_convolution_beside(

@@ -28,6 +28,11 @@ def concatenated(x: Tensor, skip: Tensor | None) -> Tensor:
     return x if skip is None else torch.cat([x, skip], dim=1)
 
 
+def widens(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether x of one dtype is convolved by a weight of the other as if it were converted to that."""
+    return x in (torch.float16, torch.bfloat16) and weight is torch.float32
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """conv(x) + bias + residual, channels-last; ``bias`` is [K] or [B, K]."""
     common = bias if bias is not None and bias.ndim == 1 else None
@@ -72,7 +77,8 @@ def composed(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op out of the device's group norm and PyTorch's convolution."""
-    y, mean, rstd = _activated(concatenated(x, skip), norm_weight, norm_bias, scale, shift, groups, eps, mode)
+    x = concatenated(x, skip).to(weight.dtype)
+    y, mean, rstd = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)
     return convolve(y, weight, bias, residual), mean, rstd
 
 
@@ -101,7 +107,7 @@ def composed_backward(
     second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
-    y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
+    y = _activated(x.to(weight.dtype), norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
     grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
     summand = reference.sum_of(summand, second)
@@ -129,7 +135,7 @@ def before_convolution(
         return reference.nothing(x), *reference.four_nothings(x)
     if norm_weight is None or norm_bias is None:
         grad_x = reference.plus(reference.resample_backward(grad, mode, x.shape[2:]), summand)
-        grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
+        grad_x = grad_x.to(x.dtype).contiguous(memory_format=reference.memory_format(x))
         return grad_x, *reference.four_nothings(x)
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
         grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
@@ -152,11 +158,11 @@ def _fake_forward(
     residual: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = norm.resampled_shape(x, mode)
-    output = x.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
+    output = weight.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
         memory_format=reference.channels_last(x)
     )
     statistics = (0,) if norm_weight is None else (x.shape[0], groups)
-    dtype = x.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
+    dtype = weight.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
     return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
 
 
@@ -186,7 +192,7 @@ def _fake_backward(
     grad_x = like(x, needs_x)
     if needs_x:
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
-    grad_bias = x.new_empty(0) if bias is None else grad.new_empty(bias.shape)
+    grad_bias = grad.new_empty(0 if bias is None else bias.shape)
     film = like(scale, needs_x), like(shift, needs_x)
     grad_weight = like(weight, needs_weight)
     if needs_weight:
@@ -297,9 +303,16 @@ def _check(
                 f"residual has shape {tuple(residual.shape)}; the output's is {output}, give that or half of "
                 "each side"
             )
-    for name, each in (("skip", skip), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if each is not None and each.dtype is not x.dtype:
-            raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
+    if skip is not None and skip.dtype is not x.dtype:
+        raise ValueError(f"skip is {skip.dtype} but x is {x.dtype}; convert one of them")
+    if weight.dtype is not x.dtype and not widens(x.dtype, weight.dtype):
+        raise ValueError(
+            f"weight is {weight.dtype} but x is {x.dtype}; convert one of them, or give x in 16 bits with a "
+            f"float32 weight"
+        )
+    for name, each in (("bias", bias), ("residual", residual)):
+        if each is not None and each.dtype is not weight.dtype:
+            raise ValueError(f"{name} is {each.dtype} but weight is {weight.dtype}; convert one of them")
 
 
 def norm_convolution(
@@ -323,7 +336,8 @@ def norm_convolution(
 
     Args:
         x: [B, C, *space], space of 1-3 dimensions.
-        weight: [K, C (+ S), *odd sizes].
+        weight: [K, C (+ S), *odd sizes], of x's dtype; or float32 where x has 16 bits: then what is convolved
+            has 32, and so have bias, residual and output.
         bias: [K], or [B, K] (a timestep's own), or None.
         skip: [B, S, *space], more channels of the input, behind those of x.
         norm_weight: [C + S], with ``norm_bias``; without them there is neither norm nor SiLU.
@@ -337,7 +351,8 @@ def norm_convolution(
         residual: like the output, or half as large along each side and then doubled as by "up"; added to it.
 
     Returns:
-        [B, K, *resampled space] in the dtype of x; maps and volumes are channels-last. Differentiable once.
+        [B, K, *resampled space] in the dtype of the weight; maps and volumes are channels-last.
+        Differentiable once.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an unknown choice.

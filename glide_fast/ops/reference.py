@@ -181,7 +181,10 @@ def norm_convolution(
     bias: Tensor | None,  # [K] or [B, K]
     residual: Tensor | None,  # [B, K, *space], or half as large along each side, doubled then
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G]."""
+    """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G].
+
+    The output has the weight's dtype.
+    """
     dtype = compute_dtype(x.dtype)
     x = (x if skip is None else torch.cat([x, skip], dim=1)).to(dtype)
     mean = rstd = x.new_empty(0)
@@ -281,7 +284,7 @@ def norm_convolution_backward(
         )
     elif grad_activated is not None:
         inner = (plus(resample_backward(grad_activated, mode, x.shape[2:]), summand), *inner[1:])
-    grad_bias = nothing(x) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
+    grad_bias = nothing(grad) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
     grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
     grad_weight = nothing(x) if grad_weight is None else grad_weight.to(weight.dtype)
     return grad_x, *inner[1:], grad_weight, grad_bias
