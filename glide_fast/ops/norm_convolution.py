@@ -245,12 +245,15 @@ class _NormConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
-        beside = [each for each in further[2:] if each is not None]
+        summand, second = further[2:]
         if grad is None:
-            return None, reference.sum_of(*further[2:]), *(None,) * 11
+            return None, reference.sum_of(summand, second), *(None,) * 11
+        if summand is None:
+            summand, second = second, None
         *saved, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         needs_x, needs_weight = any(needs[:5]), needs[8]
+        beside = summand, second
         gradients = BACKWARD(grad, *saved, *ctx.settings, weight, bias, needs_x, needs_weight, *beside)
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
