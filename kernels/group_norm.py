@@ -228,13 +228,14 @@ def normalise(
     *,
     memory_format: torch.memory_format,
     saved: Statistics | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """The norm of x and skip side by side, and its statistics.
+    """The norm of x and skip side by side in ``dtype``, or in theirs, and its statistics.
 
     These are not computed where they are `saved` already, nor read from maps whose moments are at hand.
     """
     saved = saved or statistics_of(x, skip, norm.groups, norm.eps)
-    call = _Call(norm, x, skip, memory_format, saved)
+    call = _Call(norm, x, skip, memory_format, saved, dtype or x.dtype)
     if call.y.numel() > 0:
         configurations.run(
             call.table, x.device, 8 * x.element_size(), call.pixels, lambda each: start(call.launches(each))
@@ -252,13 +253,14 @@ class _Call:
         skip: Tensor | None,
         memory_format: torch.memory_format,
         saved: Statistics | None,
+        dtype: torch.dtype,
     ) -> None:
         own, other = tiles.side_by_side(x, skip)
         self.batch, self.groups = x.shape[0], norm.groups
         self.channels = x.shape[1] + (0 if skip is None else skip.shape[1])
         self.group_channels = self.channels // norm.groups
         shape = [self.batch, self.channels, *resampled_shape(x, norm.mode)[2:]]
-        self.y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+        self.y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
         self.saved = saved is not None
         self.statistics = saved or Statistics.empty(x, norm.groups)
         self.pixels = tiles.pixels_of(x)
@@ -363,7 +365,7 @@ def cases(target: str, dropout: float = 0.0) -> Iterator[Case]:
             for each in (channels, skip)
         )
         norm = Norm.blank(channels + skip, batch=2, film=modulated, mode=mode, dropout=dropout)
-        call = _Call(norm, own, other if skip else None, torch.channels_last, None)
+        call = _Call(norm, own, other if skip else None, torch.channels_last, None, own.dtype)
         configuration = configurations.choose(call.table, target, 16, pixels)
         kind = f"{side}²x{channels}+{skip} film {modulated} mode {mode}{' dropout' if dropout else ''}"
         for launch in call.launches(configuration):

@@ -39,11 +39,11 @@ def norm_convolution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
-        y = reference.resample(concatenated(x, skip), mode)
-        mean, rstd = reference.nothing(x), reference.nothing(x)
+        y = reference.resample(concatenated(x, skip).to(weight.dtype), mode)
+        mean, rstd = reference.nothing(y), reference.nothing(y)
     elif covered(x, mode, weight.shape[1]):
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
-        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x))
+        y, statistics = normalise(norm, x, skip, memory_format=reference.channels_last(x), dtype=weight.dtype)
         mean, rstd = statistics.mean, statistics.rstd
     else:
         result: tuple[Tensor, Tensor, Tensor] = dispatch.default("norm_convolution")(
@@ -72,6 +72,7 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
     sums: int = 0,
 ) -> _Gradients:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
@@ -79,26 +80,26 @@ def norm_convolution_backward(
     if normed and not covered(x, mode):
         result: _Gradients = dispatch.default("norm_convolution_backward")(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight, summand, sums,
+            needs_x, needs_weight, summand, second, sums,
         )  # fmt: skip
         return result
     layout = reference.channels_last(x)
     inner: tuple[Tensor, ...] = (*(reference.nothing(x) for _ in range(6)),)
     if norm_weight is None or norm_bias is None:
-        convolved = reference.resample(x, mode)
+        convolved = reference.resample(x.to(weight.dtype), mode)
         if needs_x:
-            arriving = _before(grad, convolved, weight)
+            arriving, summand = _before(grad, convolved, weight), reference.sum_of(summand, second)
             inner = before_convolution(arriving, x, None, None, scale, shift, mean, rstd, mode, summand, sums)
     else:
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
         saved = Statistics(mean, rstd)
         shape = [*x.shape[:2], *grad.shape[2:]]
-        convolved = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        convolved = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=layout)
         joint = mode == reference.RESAMPLE_NONE and needs_x and needs_weight
         if needs_weight and not joint:
-            convolved = normalise(norm, x, memory_format=layout, saved=saved)[0]
+            convolved = normalise(norm, x, memory_format=layout, saved=saved, dtype=weight.dtype)[0]
         if needs_x:
-            further = Further(summand, sums=sums, activated=convolved if joint else None)
+            further = Further(summand, second, sums=sums, activated=convolved if joint else None)
             inner = gradients(norm, _before(grad, convolved, weight), x, saved, further)
     grad_weight = reference.nothing(x)
     if needs_weight:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from glide_fast import ops
 from glide_fast.ops import packed
@@ -142,7 +143,7 @@ class GroupNorm(nn.Module):
         )
 
 
-def _is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
+def is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
     """Whether a norm and a convolution are one operation: ours, unwatched, not resampling a volume."""
     volume = resample != "none" and x.dim() == 5  # keeps its depth, which the op would resample
     ours = type(convolution) in CONVOLUTIONS.values()
@@ -165,7 +166,7 @@ def activated_convolution(
     One operation, unless the convolution was replaced or a hook watches a layer: then both layers are called.
     """
     scale, offset = (None, None) if film is None else film
-    if not _is_fused(norm, convolution, x, resample):
+    if not is_fused(norm, convolution, x, resample):
         joined = x if skip is None else torch.cat([x, skip], dim=1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
@@ -189,10 +190,10 @@ def activated_convolution(
 
 def _activated_convolution_beside(
     norm: Any, convolution: Any, x: Tensor, shift: Tensor | None, resample: Resample
-) -> tuple[Tensor, Tensor]:
-    """:func:`activated_convolution`, and x for the other path, whose gradient joins the norm's of x."""
-    if not _is_fused(norm, convolution, x, resample):
-        return activated_convolution(norm, convolution, x, shift=shift, resample=resample), x
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`activated_convolution`, and x for two other paths, whose gradients join the norm's of x."""
+    if not is_fused(norm, convolution, x, resample):
+        return activated_convolution(norm, convolution, x, shift=shift, resample=resample), x, x
     bias = convolution.bias.to(x.dtype)
     return ops.norm_convolution_beside(
         x,
@@ -248,6 +249,14 @@ def resample_nearest(x: Tensor, resample: Resample) -> Tensor:
 def is_watched(layer: nn.Module) -> bool:
     """Whether a hook waits for the layer's own call."""
     return any(getattr(layer, name) for name in HOOKS)
+
+
+def is_plain(layer: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a call of the layer is this ``forward`` and nothing besides."""
+    own = type(layer).forward is forward and "forward" not in vars(layer)
+    compiled = layer._compiled_call_impl is not None
+    seen = is_watched(layer) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return own and not compiled and not seen
 
 
 def _doubled(x: Tensor) -> Tensor:
@@ -340,6 +349,21 @@ class ResBlock(nn.Module):
         """
         if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
             x, skip = torch.cat([x, skip], dim=1), None
+        return self._paths(x, embedding, skip)[0]
+
+    def with_input(
+        self, x: Tensor, embedding: Tensor | Mapping[nn.Module, Sequence[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The block's output, and x for another reader.
+
+        In training the gradient of what that reader makes of it joins the block's own of x, which saves
+        autograd a sum of two maps.
+        """
+        return self._paths(x, embedding, None)
+
+    def _paths(
+        self, x: Tensor, embedding: Tensor | Mapping[nn.Module, Sequence[Tensor]], skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(embedding, Mapping):
             parts = embedding[self]
         else:
@@ -349,8 +373,9 @@ class ResBlock(nn.Module):
         film = (modulation[0], modulation[1]) if self.scale_shift_norm else None
         norm, convolution = self.in_layers.values()
         shift = modulation[0] if film is None else None
+        same = x
         if skip is None:
-            h, x = _activated_convolution_beside(norm, convolution, x, shift, self.resample)
+            h, x, same = _activated_convolution_beside(norm, convolution, x, shift, self.resample)
         else:
             h = activated_convolution(norm, convolution, x, skip=skip, shift=shift, resample=self.resample)
         norm, dropout, convolution = self.out_layers.values()
@@ -359,7 +384,8 @@ class ResBlock(nn.Module):
             h = _convolution_beside(residual, convolution, _dropped(norm, dropout, h, film))
         else:
             h = activated_convolution(norm, convolution, h, film=film, residual=residual)
-        return self._residual(x, skip, summand=h) if self._projects else h
+        y = self._residual(x, skip, summand=h) if self._projects else h
+        return y, same
 
     @property
     def _projects(self) -> bool:

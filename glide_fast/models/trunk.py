@@ -22,6 +22,7 @@ from glide_fast.models.layers import (
     Linear,
     ResBlock,
     Upsample,
+    is_plain,
     timestep_embedding,
 )
 from glide_fast.models.modulation import Modulations, modulations
@@ -89,20 +90,35 @@ class Stage(nn.ModuleList):
     recompute = False
 
     def forward(self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None = None) -> Tensor:
+        return self.with_input(x, embedding, text, skip)[0]
+
+    def with_input(
+        self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and x for another reader, as the first layer's :meth:`ResBlock.with_input` has it."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layers, x, embedding, text, skip, use_reentrant=False)  # type: ignore[no-any-return]
         return self._layers(x, embedding, text, skip)
 
-    def _layers(self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None) -> Tensor:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, embedding, skip)
-                skip = None
-            elif isinstance(layer, AttentionBlock):
-                x = layer(x, text)
-            else:
-                x = layer(x)
-        return x
+    def _layers(
+        self, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        first, *others = self
+        if skip is None and isinstance(first, ResBlock) and is_plain(first, ResBlock.forward):
+            y, x = first.with_input(x, embedding)
+        else:
+            y = _applied(first, x, embedding, text, skip)
+        for layer in others:
+            y = _applied(layer, y, embedding, text)
+        return y, x
+
+
+def _applied(
+    layer: nn.Module, x: Tensor, embedding: Timed, text: Given | None, skip: Tensor | None = None
+) -> Tensor:
+    if isinstance(layer, ResBlock):
+        return layer(x, embedding, skip)  # type: ignore[no-any-return]
+    return layer(x, text) if isinstance(layer, AttentionBlock) else layer(x)  # type: ignore[no-any-return]
 
 
 class TimestepLayers(nn.ModuleDict):
@@ -167,10 +183,18 @@ class Trunk(TextConditioned):
         layout = _CHANNELS_LAST.get(self.config.dims, torch.contiguous_format)
         h = x.to(self.compute_dtype).contiguous(memory_format=layout)
         maps = []
-        for stage in self.input_blocks:
-            h = stage(h, embedding, text)
-            maps.append(h)
-        return [*maps, self.middle_block(h, embedding, text)]
+        for stage in (*self.input_blocks, self.middle_block):
+            h, before = self._with_input(stage, h, embedding, text)
+            maps.append(before)
+        return [*maps[1:], h]
+
+    def _with_input(
+        self, stage: Any, x: Tensor, embedding: Timed, text: Given | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`Stage.with_input`, unless the stage is replaced or watched: then it is called."""
+        if is_plain(stage, self.stage.forward):
+            return stage.with_input(x, embedding, text)  # type: ignore[no-any-return]
+        return stage(x, embedding, text), x
 
     def check_inputs(self, x: Tensor, timesteps: Tensor) -> None:
         """Raise ``ValueError`` if a picture's dimensions or sides, or the number of timesteps, do not fit."""

@@ -12,17 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_fast import ops
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
 from glide_fast.models.layers import (
     CONVOLUTIONS,
     AttentionBlock,
     GroupNorm,
     activated_convolution,
+    is_fused,
+    is_plain,
     zeroed,
 )
 from glide_fast.models.modulation import Timetable, timetable
 from glide_fast.models.together import can_be_together, together
 from glide_fast.models.trunk import Given, Timed, Trunk, UNetConfig
+from glide_fast.ops.norm_convolution import widens
 
 
 class OutputLayers(nn.ModuleDict):
@@ -34,6 +38,21 @@ class OutputLayers(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, out_channels, H, W]
         return activated_convolution(self["0"], self["2"], x)
+
+    def in_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """self(x.to(dtype)), which makes no map in ``dtype`` where the operation reads x as it is."""
+        norm: Any = self["0"]
+        convolution: Any = self["2"]
+        if not widens(x.dtype, dtype) or not is_fused(norm, convolution, x, "none"):
+            return activated_convolution(norm, convolution, x.to(dtype))
+        return ops.norm_convolution(
+            x,
+            convolution.weight.to(dtype),
+            convolution.bias.to(dtype),
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            groups=norm.groups,
+        )
 
 
 class UNet(Trunk):
@@ -156,7 +175,8 @@ class UNet(Trunk):
             given = self.modulations(F.silu(embedding))
         h = self._input(x, low_res, known)
         h = self._body(h, given, self._read(text))
-        out: Tensor = self.out(h.to(x.dtype))
+        plain = is_plain(self.out, OutputLayers.forward)
+        out: Tensor = self.out.in_dtype(h, x.dtype) if plain else self.out(h.to(x.dtype))
         return out.contiguous()
 
     def _input(self, x: Tensor, low_res: Tensor | None, known: MaskedImage | None) -> Tensor:

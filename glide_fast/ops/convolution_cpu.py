@@ -100,6 +100,7 @@ def norm_convolution(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`."""
+    x, skip = x.to(weight.dtype), None if skip is None else skip.to(weight.dtype)
     tile = winograd_tile(x, mode, weight, weight.shape[1])
     if not tile:
         return op.composed(
@@ -133,25 +134,28 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`."""
-    tile = winograd_tile(x, mode, weight, min(weight.shape[:2]))
+    wide = x.to(weight.dtype)
+    tile = winograd_tile(wide, mode, weight, min(weight.shape[:2]))
     if not tile:
         return op.composed_backward(
             grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
-            needs_x, needs_weight, summand, sums,
+            needs_x, needs_weight, summand, second, sums,
         )  # fmt: skip
-    grad, map_x = _channels_last(grad), _channels_last(x)
+    grad, wide = _channels_last(grad), _channels_last(wide)
     grad_weight = weight.new_empty(0)
     if needs_weight:
         gain, offset = _coefficients_again(norm_weight, norm_bias, scale, shift, mean, rstd)
-        grad_weight = _OPS.convolution_weight_gradient(grad, map_x, gain, offset, mode, tile)
+        grad_weight = _OPS.convolution_weight_gradient(grad, wide, gain, offset, mode, tile)
         grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
     inner = None
     if needs_x:
         inner = memory.empty_map(len(x), weight.shape[1], *grad.shape[2:])
         _OPS.convolution(grad, None, None, None, 0, weight, None, tile, True, None, None, inner)
+    summand = reference.sum_of(summand, second)
     *gradients, found = op.before_convolution(
         inner, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand, sums
     )

@@ -28,6 +28,11 @@ def concatenated(x: Tensor, skip: Tensor | None) -> Tensor:
     return x if skip is None else torch.cat([x, skip], dim=1)
 
 
+def widens(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether x of one dtype is convolved by a weight of the other as if it were converted to that."""
+    return x in (torch.float16, torch.bfloat16) and weight is torch.float32
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """conv(x) + bias + residual, channels-last; ``bias`` is [K] or [B, K]."""
     common = bias if bias is not None and bias.ndim == 1 else None
@@ -72,7 +77,8 @@ def composed(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op out of the device's group norm and PyTorch's convolution."""
-    y, mean, rstd = _activated(concatenated(x, skip), norm_weight, norm_bias, scale, shift, groups, eps, mode)
+    x = concatenated(x, skip).to(weight.dtype)
+    y, mean, rstd = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)
     return convolve(y, weight, bias, residual), mean, rstd
 
 
@@ -98,17 +104,19 @@ def composed_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
+    second: Tensor | None = None,
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
     if needs_weight:
-        y = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
+        y = _activated(x.to(weight.dtype), norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
     else:  # its values are not read
-        y = x.new_empty([*x.shape[:2], *grad.shape[2:]]).contiguous(
+        y = grad.new_empty([*x.shape[:2], *grad.shape[2:]]).contiguous(
             memory_format=reference.memory_format(grad)
         )
     grad_y, grad_weight = reference.convolve_backward(grad, y, weight, needs_x, needs_weight)
     grad_weight = reference.nothing(x) if grad_weight is None else grad_weight
+    summand = reference.sum_of(summand, second)
     *inner, found = before_convolution(
         grad_y, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand, sums
     )
@@ -136,7 +144,7 @@ def before_convolution(
         return reference.nothing(x), *reference.four_nothings(x), reference.nothing(x)
     if norm_weight is None or norm_bias is None:
         grad_x = reference.plus(reference.resample_backward(grad, mode, x.shape[2:]), summand)
-        grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
+        grad_x = grad_x.to(x.dtype).contiguous(memory_format=reference.memory_format(x))
         return grad_x, *reference.four_nothings(x), reference.column_sums(grad_x, 1, sums)
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
         grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand, sums
@@ -159,11 +167,11 @@ def _fake_forward(
     residual: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = norm.resampled_shape(x, mode)
-    output = x.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
+    output = weight.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
         memory_format=reference.channels_last(x)
     )
     statistics = (0,) if norm_weight is None else (x.shape[0], groups)
-    dtype = x.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
+    dtype = weight.dtype if norm_weight is None else reference.compute_dtype(x.dtype)
     return output, x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
 
 
@@ -184,6 +192,7 @@ def _fake_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # noqa: ARG001
+    second: Tensor | None = None,  # noqa: ARG001
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
@@ -193,7 +202,7 @@ def _fake_backward(
     grad_x = like(x, needs_x)
     if needs_x:
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
-    grad_bias = x.new_empty(0) if bias is None else grad.new_empty(bias.shape)
+    grad_bias = grad.new_empty(0 if bias is None else bias.shape)
     film = like(scale, needs_x), like(shift, needs_x)
     grad_weight = like(weight, needs_weight)
     if needs_weight:
@@ -215,7 +224,7 @@ BACKWARD = define(
     "norm_convolution_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
     " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
-    " bool needs_weight, Tensor? summand=None, int sums=0)"
+    " bool needs_weight, Tensor? summand=None, Tensor? second=None, int sums=0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.norm_convolution_backward,
     _fake_backward,
@@ -233,8 +242,8 @@ class _NormConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Callable[..., Any], x: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The op, by ``call``, and x itself: what comes back for that is another path's gradient of x."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The op, by ``call``, and x itself twice: what comes back for those are other paths' gradients."""
         *film, groups, eps, mode, weight, bias, residual = args
         output, mean, rstd = call(x, None, *film, groups, eps, mode, trained(weight), bias, residual)
         ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
@@ -242,24 +251,25 @@ class _NormConvolution(torch.autograd.Function):
         ctx.residual_space = None if residual is None else residual.shape[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd, x
+        return output, mean, rstd, x, x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
-        beside = further[2]
+        summand, second = further[2:]
         if grad is None:
-            return None, beside, *(None,) * 11
+            return None, reference.sum_of(summand, second), *(None,) * 11
+        if summand is None:
+            summand, second = second, None
         *saved, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         needs_x, needs_weight = any(needs[:5]), needs[8]
         common = bias is not None and bias.ndim == 1  # its gradient may be known already
-        sums = (
-            column_sums.wanted("norm_convolution_backward", grad) if needs_x and saved[1] is not None else 0
-        )
-        gradients = BACKWARD(
-            grad, *saved, *ctx.settings, weight, None if common else bias, needs_x, needs_weight, beside, sums
-        )
+        sums = 0
+        if needs_x and saved[1] is not None:
+            sums = column_sums.wanted("norm_convolution_backward", grad)
+        others = weight, None if common else bias, needs_x, needs_weight, summand, second, sums
+        gradients = BACKWARD(grad, *saved, *ctx.settings, *others)
         column_sums.remember(gradients[0], 1, gradients[7])
         inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
@@ -314,9 +324,16 @@ def _check(
                 f"residual has shape {tuple(residual.shape)}; the output's is {output}, give that or half of "
                 "each side"
             )
-    for name, each in (("skip", skip), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if each is not None and each.dtype is not x.dtype:
-            raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
+    if skip is not None and skip.dtype is not x.dtype:
+        raise ValueError(f"skip is {skip.dtype} but x is {x.dtype}; convert one of them")
+    if weight.dtype is not x.dtype and not widens(x.dtype, weight.dtype):
+        raise ValueError(
+            f"weight is {weight.dtype} but x is {x.dtype}; convert one of them, or give x in 16 bits with a "
+            f"float32 weight"
+        )
+    for name, each in (("bias", bias), ("residual", residual)):
+        if each is not None and each.dtype is not weight.dtype:
+            raise ValueError(f"{name} is {each.dtype} but weight is {weight.dtype}; convert one of them")
 
 
 def norm_convolution(
@@ -340,7 +357,8 @@ def norm_convolution(
 
     Args:
         x: [B, C, *space], space of 1-3 dimensions.
-        weight: [K, C (+ S), *odd sizes].
+        weight: [K, C (+ S), *odd sizes], of x's dtype; or float32 where x has 16 bits: then what is convolved
+            has 32, and so have bias, residual and output.
         bias: [K], or [B, K] (a timestep's own), or None.
         skip: [B, S, *space], more channels of the input, behind those of x.
         norm_weight: [C + S], with ``norm_bias``; without them there is neither norm nor SiLU.
@@ -354,7 +372,8 @@ def norm_convolution(
         residual: like the output, or half as large along each side and then doubled as by "up"; added to it.
 
     Returns:
-        [B, K, *resampled space] in the dtype of x; maps and volumes are channels-last. Differentiable once.
+        [B, K, *resampled space] in the dtype of the weight; maps and volumes are channels-last.
+        Differentiable once.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an unknown choice.
@@ -383,11 +402,11 @@ def norm_convolution_beside(
     groups: int = 32,
     eps: float = 1e-5,
     resample: Resample = "none",
-) -> tuple[Tensor, Tensor]:
-    """:func:`norm_convolution`, and x for a path beside it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_convolution`, and x for each of two paths beside it.
 
-    In training the second is a view of x. Who reads it in place of x has its gradient added as this op's
-    backward pass writes its own, which saves autograd a sum of two maps.
+    In training the second and the third are views of x. Who reads one in place of x has its gradient added as
+    this op's backward pass writes its own, which saves autograd a sum of two maps.
 
     Raises:
         ValueError: as :func:`norm_convolution`.
@@ -397,11 +416,11 @@ def norm_convolution_beside(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, groups=groups, eps=eps,
             resample=resample,
         )  # fmt: skip
-        return y, x
+        return y, x, x
     mode = norm.mode_of(resample)
     _check(x, None, weight, bias, None, norm.resampled_shape(x, mode))
     norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
     found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
         FORWARD, x, norm_weight, norm_bias, None, None, groups, eps, mode, weight, bias, None
     )
-    return found[0], found[3]
+    return found[0], found[3], found[4]

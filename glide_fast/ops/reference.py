@@ -186,7 +186,10 @@ def norm_convolution(
     bias: Tensor | None,  # [K] or [B, K]
     residual: Tensor | None,  # [B, K, *space], or half as large along each side, doubled then
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G]."""
+    """conv(resample(silu(norm([x, skip])))) + bias + residual, and the norm's mean and 1/deviation [B, G].
+
+    The output has the weight's dtype.
+    """
     dtype = compute_dtype(x.dtype)
     x = (x if skip is None else torch.cat([x, skip], dim=1)).to(dtype)
     mean = rstd = x.new_empty(0)
@@ -245,6 +248,11 @@ def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
 
 
+def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Their sum in the dtype of the first, or the one that is there."""
+    return second if first is None else plus(first, second)
+
+
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
@@ -266,9 +274,10 @@ def norm_convolution_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # like x
+    second: Tensor | None = None,  # like x
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand``), norm_weight, norm_bias, scale, shift, weight, bias.
+    """Gradients of x (plus ``summand`` and ``second``), norm_weight, norm_bias, scale, shift, weight, bias.
 
     Those that are not needed are empty. Behind them are copies of the first's sums [n, C].
     """
@@ -282,13 +291,15 @@ def norm_convolution_backward(
         grad.to(dtype), activated, weight.to(dtype), needs_x, needs_weight
     )
     inner: tuple[Tensor, ...] = nothing(x), *four_nothings(x)
+    if second is not None:
+        summand = second if summand is None else summand.to(dtype) + second.to(dtype)
     if grad_activated is not None and norm_weight is not None and norm_bias is not None:
         inner = group_norm_backward(
             grad_activated, wide, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand
         )[:5]
     elif grad_activated is not None:
         inner = (plus(resample_backward(grad_activated, mode, x.shape[2:]), summand), *inner[1:])
-    grad_bias = nothing(x) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
+    grad_bias = nothing(grad) if bias is None else bias_gradient(grad.to(dtype), bias).to(bias.dtype)
     grad_x = inner[0].to(x.dtype).contiguous(memory_format=memory_format(x)) if needs_x else nothing(x)
     grad_weight = nothing(x) if grad_weight is None else grad_weight.to(weight.dtype)
     found = column_sums(grad_x, 1, sums if needs_x else 0)

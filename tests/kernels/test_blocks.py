@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from glide_fast.models.transformer import TransformerBlock
 from glide_fast.ops import column_sums, use_reference
 from tests.kernels.interpreter import DEVICE, use_kernels
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def filled(module: nn.Module) -> nn.Module:
+
+def filled(module: Module) -> Module:
     """The module on the device, with random parameters: matrices of variance 1/fan-in, vectors around 0.5."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,6 +63,24 @@ def compare(module: nn.Module, *inputs: Any) -> None:
 def test_a_residual_block_learns_alike(resample: Any, scale_shift_norm: bool) -> None:
     block = ResBlock(12, 24, 16, norm_groups=4, resample=resample, scale_shift_norm=scale_shift_norm)
     compare(filled(block), draw(2, 12, 6, 4), draw(2, 16))
+
+
+class WithInput(nn.Module):
+    """A block's map, and beside it what another reader makes of the block's input."""
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y, x = self.block.with_input(x, embedding)
+        return torch.cat([y.flatten(1), x.square().flatten(1)], dim=1)
+
+
+@pytest.mark.parametrize("resample", ["none", "down"])
+def test_a_residual_block_and_another_reader_learn_alike(resample: Any) -> None:
+    block = ResBlock(12, 24, 16, norm_groups=4, resample=resample)
+    compare(WithInput(filled(block)), draw(2, 12, 6, 4), draw(2, 16))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -127,44 +127,57 @@ OP_CASES = (
     {"skip": 0, "film": False, "mode": reference.RESAMPLE_DOWN, "residual": "none", "dtype": torch.float32},
     {"skip": 0, "film": None, "mode": reference.RESAMPLE_NONE, "residual": "same", "dtype": torch.bfloat16},
     {"skip": 8, "film": True, "mode": reference.RESAMPLE_NONE, "residual": "none", "dtype": torch.float32},
+    {
+        "skip": 8, "film": False, "mode": reference.RESAMPLE_NONE, "residual": "same",
+        "dtype": torch.bfloat16, "weight": torch.float32,
+    },
+    {
+        "skip": 0, "film": None, "mode": reference.RESAMPLE_DOWN, "residual": "none", "dtype": torch.float16,
+        "weight": torch.float32,
+    },
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", OP_CASES, ids=lambda case: f"{case['dtype']}-{case['mode']}-{case.get('weight', '')}"
 )
-
-
-@pytest.mark.parametrize("case", OP_CASES, ids=lambda case: f"{case['dtype']}-{case['mode']}")
 @pytest.mark.parametrize("ours", [True, False], ids=["triton", "library"])
 def test_the_op_follows_its_reference(case: dict[str, Any], ours: bool) -> None:
     dtype, channels = case["dtype"], 8 + case["skip"]
+    wide = case.get("weight", dtype)
     generator = torch.Generator().manual_seed(3)
 
-    def normal(*size: int) -> Tensor:
+    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, generator=generator).to(interpreter.DEVICE, dtype)
 
     norm = (None, None) if case["film"] is None else (1 + 0.3 * normal(channels), 0.2 * normal(channels))
     film = (0.3 * normal(2, 2 * channels)).chunk(2, dim=1) if case["film"] else (None, None)
     x, skip = normal(2, 8, 8, 8), normal(2, case["skip"], 8, 8) if case["skip"] else None
-    weight = 0.1 * normal(16, channels, 3, 3)
+    weight, bias = 0.1 * normal(16, channels, 3, 3, dtype=wide), normal(16, dtype=wide)
     side = int(8 * {reference.RESAMPLE_UP: 2, reference.RESAMPLE_DOWN: 0.5}.get(case["mode"], 1))
     half = side // 2 if case["residual"] == "half" else side
-    residual = None if case["residual"] == "none" else normal(2, 16, half, half)
+    residual = None if case["residual"] == "none" else normal(2, 16, half, half, dtype=wide)
     settings = 4, EPS, case["mode"]
     if ours:
         chosen.choose([weight])
-    forward = x, skip, *norm, *film, *settings, weight, normal(16), residual
+    forward = x, skip, *norm, *film, *settings, weight, bias, residual
     actual = norm_convolution.norm_convolution(*forward)
     right = reference.norm_convolution(*[to_double(each) for each in forward])
     for value, exact_value in zip(actual, right, strict=True):
         if exact_value.numel():
-            assert error(value, exact_value) <= 2 * TOLERANCES[dtype]
+            assert error(value, exact_value) <= 2 * TOLERANCES[value.dtype]
     whole = x if skip is None else torch.cat([x, skip], dim=1)
-    backward = normal(*actual[0].shape), whole, *norm, *film, *actual[1:], *settings, weight, forward[10]
+    grad = normal(*actual[0].shape, dtype=wide)
+    saved = *norm, *film, *actual[1:], *settings, weight, bias
     for needs in ((True, True), (True, False), (False, True)):
-        more = *needs, normal(*whole.shape), COPIES
-        gradients = norm_convolution.norm_convolution_backward(*backward, *more)
-        right = reference.norm_convolution_backward(*[to_double(each) for each in (*backward, *more)])
+        backward = grad, whole, *saved, *needs, normal(*whole.shape), normal(*whole.shape), COPIES
+        gradients = norm_convolution.norm_convolution_backward(*backward)
+        right = reference.norm_convolution_backward(*[to_double(each) for each in backward])
+        assert gradients[0].dtype is dtype
         for value, exact_value in zip(gradients, right, strict=True):
             assert value.shape == exact_value.shape
             if exact_value.numel():
-                assert error(value, exact_value) <= 3 * TOLERANCES[dtype]
+                assert error(value, exact_value) <= 3 * TOLERANCES[value.dtype]
     chosen.forget([weight])
 
 

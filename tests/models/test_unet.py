@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.models import MaskedImage, UNet
+from glide_fast.models import MaskedImage, UNet, unet
 from glide_fast.models.conditioning import masked_channels
 from glide_fast.models.layers import GroupNorm, timestep_embedding
 from tests.models.tiny import TEXT, noise, prompt, tiny
@@ -124,6 +124,35 @@ def test_half_precision_activations_stay_close_to_float32(
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     assert float((rounded - exact).norm() / exact.norm()) < share
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_last_layers_compute_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = tiny(text=None, norm_groups=8, compute_dtype=dtype).train(), []
+    for converted in (False, True):
+        if converted:
+            monkeypatch.setattr(unet, "widens", lambda *_: False)
+        model.zero_grad(set_to_none=True)
+        out = model(noise(2, 3, 8, 8), T)
+        out.square().sum().backward()
+        found.append([out.detach(), *(each.grad for each in model.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        assert actual.dtype is torch.float32
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["hook", "module"])
+def test_who_watches_or_replaces_the_last_layers_reads_the_dtype_of_the_pictures(kind: str) -> None:
+    model, seen = tiny(text=None, compute_dtype=torch.bfloat16), []
+    expected = run(model)
+    if kind == "hook":
+        model.out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    else:
+        own = model.out
+        model.out = torch.nn.Sequential(own["0"], torch.nn.SiLU(), own["2"])
+        own["0"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [torch.float32]
 
 
 def test_text_given_encoded_is_the_tokens_given() -> None:

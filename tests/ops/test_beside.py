@@ -12,7 +12,7 @@ from glide_fast import ops
 from glide_fast.models.layers import AttentionBlock, ResBlock
 
 CHANNELS, OUT, GROUPS = 24, 16, 4
-Both = Callable[..., tuple[Tensor, Tensor]]
+Paths = Callable[..., tuple[Tensor, ...]]
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -33,7 +33,7 @@ def normalised_apart(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> tup
     return ops.group_norm(x, weight, bias, groups=GROUPS), x
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Tensor) -> tuple[Tensor, ...]:
     return ops.norm_convolution_beside(
         x, kernel, more, norm_weight=weight, norm_bias=bias, groups=GROUPS, resample="up"
     )
@@ -41,37 +41,42 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Ten
 
 def convolved_apart(
     x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     y = ops.norm_convolution(
         x, kernel, more, norm_weight=weight, norm_bias=bias, groups=GROUPS, resample="up"
     )
-    return y, x
+    return y, x, x
 
 
-PAIRS = [(normalised, normalised_apart), (convolved, convolved_apart)]
+NORM, CONVOLUTION = (normalised, normalised_apart), (convolved, convolved_apart)
+# With the places of those results whose gradients come back.
+USES = [
+    *((NORM, used) for used in ("0", "1", "01")),
+    *((CONVOLUTION, used) for used in ("0", "1", "2", "01", "02", "12", "012")),
+]
 
 
-def gradients(function: Both, values: list[Tensor], *, first: bool, second: bool) -> list[Tensor | None]:
-    """Of every input, from both results, or from one of them."""
-    y, x = function(*values)
-    loss = torch.zeros((), dtype=y.dtype)
-    if first:
-        loss = loss + (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum()
-    if second:
-        loss = loss + (x * x.detach().cos()).sum()
+def gradients(function: Paths, values: list[Tensor], used: str) -> list[Tensor | None]:
+    """Of every input, from those results whose places are in ``used``."""
+    results = function(*values)
+    loss = torch.zeros((), dtype=values[0].dtype)
+    for place, each in enumerate(results):
+        if str(place) in used:
+            weights = torch.linspace(-1, 2 + place, each.numel(), dtype=each.dtype).view(each.shape)
+            loss = loss + (each * weights).sum()
     return list(torch.autograd.grad(loss, values, allow_unused=True))
 
 
-@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("pair", PAIRS, ids=["norm", "convolution"])
+@pytest.mark.parametrize(("pair", "used"), USES, ids=[f"{pair[0].__name__}-{used}" for pair, used in USES])
 def test_the_gradients_are_those_of_two_paths(
-    pair: tuple[Both, Both], dtype: torch.dtype, layout: torch.memory_format, first: bool, second: bool
+    pair: tuple[Paths, Paths], dtype: torch.dtype, layout: torch.memory_format, used: str
 ) -> None:
     values = inputs(dtype, layout)
-    fused, apart = (gradients(each, values, first=first, second=second) for each in pair)
-    assert torch.equal(pair[0](*values)[0], pair[1](*values)[0])
+    results = [each(*values) for each in pair]
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+    fused, apart = (gradients(each, values, used) for each in pair)
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     for actual, right in zip(fused, apart, strict=True):
         assert (actual is None) == (right is None)
@@ -82,10 +87,8 @@ def test_the_gradients_are_those_of_two_paths(
 def test_the_sum_is_rounded_once() -> None:
     values = inputs(torch.bfloat16, torch.channels_last)
     exact = [each.detach().double().requires_grad_() for each in values]
-    right = gradients(normalised, exact, first=True, second=True)[0]
-    fused, apart = (
-        gradients(each, values, first=True, second=True)[0] for each in (normalised, normalised_apart)
-    )
+    right = gradients(normalised, exact, "01")[0]
+    fused, apart = (gradients(each, values, "01")[0] for each in (normalised, normalised_apart))
     assert right is not None
     assert fused is not None
     assert apart is not None
@@ -96,10 +99,10 @@ def test_without_gradients_x_itself_comes_back() -> None:
     values = inputs(torch.float32, torch.channels_last)
     with torch.no_grad():
         assert normalised(*values)[1] is values[0]
-        assert convolved(*values)[1] is values[0]
+        assert all(each is values[0] for each in convolved(*values)[1:])
     fixed = [values[0].detach(), *values[1:]]
-    y, x = convolved(*fixed)
-    assert x is fixed[0]
+    y, *same = convolved(*fixed)
+    assert all(each is fixed[0] for each in same)
     assert y.requires_grad
 
 

@@ -116,11 +116,30 @@ def test_opcheck_of_norm_convolution_backward(
     output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, *arguments)
     _skip, *film, groups, eps, mode, weight, bias, _residual = arguments
     grad = torch.randn_like(output)
-    for beside in ((), (torch.randn_like(x), 2)):
+    given = grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs
+    torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, given)
+    if needs == (True, False):  # with what comes back for two paths beside
+        beside = torch.randn_like(x), torch.randn_like(x)
         torch.library.opcheck(
             torch.ops.glide_fast.norm_convolution_backward.default,
-            (grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs, *beside),
+            (*given, *beside, 2),
+            test_utils=("test_schema", "test_faketensor"),
         )
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_opcheck_of_float32_weights_and_narrow_maps(case: CONVOLUTION) -> None:
+    batch, channels, *space = case.shape
+    joined = replace(case, shape=(batch, channels + case.skip, *space), skip=0)
+    x, *others = detached(convolution_arguments(joined, torch.float32))
+    given = x.bfloat16(), *others
+    torch.library.opcheck(
+        torch.ops.glide_fast.norm_convolution.default, given, test_utils=("test_schema", "test_faketensor")
+    )
+    x, _skip, *film, groups, eps, mode, weight, bias, _residual = given
+    output, mean, rstd = torch.ops.glide_fast.norm_convolution(*given)
+    backward = torch.randn_like(output), x, *film, mean, rstd, groups, eps, mode, weight, bias, True, True
+    torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

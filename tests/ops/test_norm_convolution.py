@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from dataclasses import replace
@@ -113,6 +114,41 @@ def test_half_precision_follows_the_reference(dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual[name].float(), value.float(), rtol=0, atol=spread)
 
 
+WIDENED = [
+    replace(MAPS[0], film=True, residual=True),
+    replace(MAPS[1], resample="up", residual=True, halved=True, bias="each"),
+    replace(MAPS[0], resample="down"),
+    replace(MAPS[0], groups=None, resample="down"),
+    replace(MAPS[0], layout="contiguous"),
+    OTHER_CASES[7],
+    *OTHER_CASES[-2:],
+]
+NARROW = ("x", "skip")
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WIDENED, ids=str)
+def test_float32_weights_read_narrow_maps_as_if_they_were_converted(
+    case: Case, dtype: torch.dtype, reference: bool
+) -> None:
+    def converted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return case.ours({name: each.float() for name, each in inputs.items()})
+
+    inputs = {
+        name: value.detach().to(dtype if name in NARROW else torch.float32).requires_grad_()
+        for name, value in case.inputs().items()
+    }
+    with use_reference() if reference else contextlib.nullcontext():
+        actual, expected = (differentiate(function, inputs) for function in (case.ours, converted))
+        with torch.no_grad():
+            assert torch.equal(case.ours(inputs), expected["output"])
+    assert actual["output"].dtype is torch.float32
+    for name, value in expected.items():
+        assert actual[name].dtype is value.dtype
+        assert torch.equal(actual[name], value), name
+
+
 def test_only_wanted_gradients_are_computed() -> None:
     inputs = MAPS[0].inputs()
     exact = differentiate(MAPS[0].ours, inputs)
@@ -194,6 +230,18 @@ WRONG = {
     "residual has shape": {"residual": torch.zeros(1, 4, 6, 5)},
     "skip .* must have the batch": {"skip": torch.zeros(1, 2, 5, 5)},
     "weight is torch.float64": {"weight": torch.zeros(4, 8, 3, 3, dtype=torch.float64)},
+    "give x in 16 bits with a float32 weight": {"weight": torch.zeros(4, 8, 3, 3, dtype=torch.float16)},
+    "weight is torch.float16 but x is torch.bfloat16": {
+        "x": torch.zeros(1, 8, 6, 6, dtype=torch.bfloat16),
+        "weight": torch.zeros(4, 8, 3, 3, dtype=torch.float16),
+    },
+    "bias is torch.float16 but weight is torch.float32": {
+        "x": torch.zeros(1, 8, 6, 6, dtype=torch.float16), "bias": torch.zeros(4, dtype=torch.float16),
+    },
+    "residual is torch.float64 but weight": {"residual": torch.zeros(1, 4, 6, 6, dtype=torch.float64)},
+    "skip is torch.float16 but x": {
+        "skip": torch.zeros(1, 2, 6, 6, dtype=torch.float16), "weight": torch.zeros(4, 10, 3, 3),
+    },
     "not divisible into 3 groups": {
         "norm_weight": torch.zeros(8), "norm_bias": torch.zeros(8), "groups": 3,
     },
