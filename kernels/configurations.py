@@ -85,6 +85,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_backward", ("gfx942",), None, 2048, Configuration(1, 2048, 4, 1)),
+    ("layer_norm_backward", None, 16, 2048, Configuration(1, 2048, 8, 1, registers=80)),
     ("layer_norm_backward", None, None, 2048, Configuration(1, 2048, 8, 1)),
     ("layer_norm_backward", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_parameters", None, None, None, Configuration(32, 32, 4, 1)),

@@ -245,6 +245,13 @@ def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
 
 
+def row_sums(gradient: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows of a gradient [..., C] in ``dtype``, as often as asked for: [copies, C], or [0]."""
+    if copies == 0:
+        return gradient.new_empty(0, dtype=dtype)
+    return gradient.reshape(-1, gradient.shape[-1]).sum(0).to(dtype).repeat(copies, 1)
+
+
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
@@ -315,21 +322,26 @@ def layer_norm_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # like x
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand``), weight and bias; empty where not needed."""
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (plus ``summand``), weight and bias, and ``sums`` copies of the first one's column sums.
+
+    Those that are not needed are empty.
+    """
     dtype = mean.dtype
     wide = grad.to(dtype)
     normal = (x.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    grad_x, grad_weight, grad_bias = nothing(x), nothing(weight), nothing(weight)
+    grad_x, grad_weight, grad_bias, columns = nothing(x), nothing(weight), nothing(weight), nothing(x)
     if needs_x:
         inner = wide * weight.to(dtype)
         inner = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-        grad_x = plus(inner * rstd.unsqueeze(-1), summand).to(x.dtype).contiguous()
+        inner = plus(inner * rstd.unsqueeze(-1), summand)
+        grad_x, columns = inner.to(x.dtype).contiguous(), row_sums(inner, sums, x.dtype)
     if needs_weight:
         channels = len(weight)
         grad_weight = (wide * normal).reshape(-1, channels).sum(0).to(weight.dtype)
         grad_bias = wide.reshape(-1, channels).sum(0).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias, columns
 
 
 def activation(x: Tensor, kind: int) -> Tensor:
