@@ -245,11 +245,13 @@ def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
 
 
-def row_sums(gradient: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
-    """The sum of the rows of a gradient [..., C] in ``dtype``, as often as asked for: [copies, C], or [0]."""
-    if copies == 0:
-        return gradient.new_empty(0, dtype=dtype)
-    return gradient.reshape(-1, gradient.shape[-1]).sum(0).to(dtype).repeat(copies, 1)
+def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
+    """[copies, C], each the sum over all dimensions but ``dim``; [0] without copies."""
+    if not copies:
+        return nothing(gradient)
+    others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
+    total = gradient.to(compute_dtype(gradient.dtype)).sum(others).to(gradient.dtype)
+    return total.repeat(copies, 1)
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -335,8 +337,8 @@ def layer_norm_backward(
     if needs_x:
         inner = wide * weight.to(dtype)
         inner = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
-        inner = plus(inner * rstd.unsqueeze(-1), summand)
-        grad_x, columns = inner.to(x.dtype).contiguous(), row_sums(inner, sums, x.dtype)
+        grad_x = plus(inner * rstd.unsqueeze(-1), summand).to(x.dtype).contiguous()
+        columns = column_sums(grad_x, -1, sums)
     if needs_weight:
         channels = len(weight)
         grad_weight = (wide * normal).reshape(-1, channels).sum(0).to(weight.dtype)
