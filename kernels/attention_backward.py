@@ -4,9 +4,10 @@
 
 Some programs own a tile of keys and values, of the text or the image, and go through all queries; the others
 own a tile of queries and go through all keys. Scores are computed twice, for which there are no atomics, no
-second launch and the same bits every time. The sums Σ dy y are made where they are needed. If they are asked
-for, each program also leaves the sum over its rows, and a second launch adds these up: that is the gradient of
-the bias of what projected queries, keys and values.
+second launch and the same bits every time. The sums Σ dy y are made where they are needed.
+
+If that is asked for, each program also leaves the sum over its rows, and a second launch adds these up: the
+gradient of the bias of the layer that projected queries, keys and values.
 
 Memory: e B N D (5 T + 2 S) bytes read and e B N D (3 T + 2 S) written, what is looped over again from L2.
 Work: 14 B N T (S + T) D FLOP, 10 of which a pass with atomics would need.

@@ -39,7 +39,7 @@ def totals_kernel(
 
 
 def totals(parts: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
-    """The sums [copies, C] of parts [..., C], dense and float32, over all but the last dimension; [0] for none."""
+    """The sums [copies, C] over the rows of parts [..., C], dense and float32; [0] for no copies."""
     if copies == 0:
         return parts.new_empty(0, dtype=dtype)
     sums = parts.new_empty((copies, parts.shape[-1]), dtype=dtype)

@@ -1,8 +1,8 @@
 """LayerNorm over the last dimension, forward in one launch, backward in one or two.
 
-A program holds whole rows in registers and takes their variance in two passes over them. In the backward pass
-each program also sums what its rows give to weight and bias, and the rows that it writes if that is asked for,
-and a second kernel puts those sums together, in a fixed order: there are no atomics. All arithmetic is float32.
+A program holds whole rows in registers and takes their variance in two passes over them. In the backward
+pass each program also sums what its rows give to weight and bias, and if asked the rows that it writes, and a
+second kernel puts those sums together, in a fixed order: there are no atomics. All arithmetic is float32.
 
 Bytes in 16 bits: 4 an element forward (read, write), 6 backward (x and the gradient read, dx written); 2 more
 with a summand, which is another path's gradient of x.
@@ -58,7 +58,7 @@ def layer_norm_backward_kernel(
     programs, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, SUMMAND: tl.constexpr, COPIES: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dx of every `programs`-th block of rows, and their sums for weight, bias and dx [1 to 3, programs, C]."""
+    """dx of every `programs`-th block of rows; sums [planes, programs, C] for weight, bias and of dx."""
     program = tl.program_id(0)
     channel = tl.arange(0, LANES)
     lanes = channel < channels
@@ -210,7 +210,7 @@ def _backward(
     if planes == 0:
         return [first]
     cut = configurations.choose("layer_norm_parameters", launch.architecture(x.device), 32)
-    parameters = {"grad_weight": grad_weight, "grad_bias": grad_bias, "columns": columns}
+    parameters: dict[str, Any] = {"grad_weight": grad_weight, "grad_bias": grad_bias, "columns": columns}
     parameters |= {"ROWS": cut.rows, "LANES": cut.columns}
     blocks = triton.cdiv(channels, cut.columns)
     return [first, Launch(parameters_kernel, blocks, {**arguments, **parameters}, cut)]

@@ -47,7 +47,9 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `layer_norm_backward`."""
     if not _is_served(x, weight):
-        return reference.layer_norm_backward(grad, x, weight, mean, rstd, needs_x, needs_weight, summand, sums)
+        return reference.layer_norm_backward(
+            grad, x, weight, mean, rstd, needs_x, needs_weight, summand, sums
+        )
     rows, channels = _rows(x), len(weight)
     grad_x = memory.empty(rows.shape, (channels, 1)) if needs_x else None
     gradients = [rows.new_empty(channels) if needs_weight else None for _ in range(2)]

@@ -326,7 +326,11 @@ def test_a_launch_compiles_to_what_the_listed_cases_compile_to() -> None:
 def test_the_machine_code_keeps_to_its_budget() -> None:
     ahead, back, old, old_back, summed, old_summed = compile_cases(
         [
-            *((module, target, name) for target in ("sm_90", "sm_80") for module, name in (ATTENTION, BACKWARD)),
+            *(
+                (module, target, name)
+                for target in ("sm_90", "sm_80")
+                for module, name in (ATTENTION, BACKWARD)
+            ),
             *((BACKWARD[0], target, f"{BACKWARD[1]} and sums") for target in ("sm_90", "sm_80")),
         ]
     )
