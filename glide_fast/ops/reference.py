@@ -22,6 +22,11 @@ _AVERAGE_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
     4: F.avg_pool2d,
     5: F.avg_pool3d,
 }
+_SUM_POOL: dict[int, Callable[[Tensor], Tensor]] = {
+    3: lambda grad: 2 * F.avg_pool1d(grad, 2),  # which knows no divisor
+    4: lambda grad: F.avg_pool2d(grad, 2, divisor_override=1),
+    5: lambda grad: F.avg_pool3d(grad, 2, divisor_override=1),
+}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -70,9 +75,8 @@ def resample(y: Tensor, mode: int) -> Tensor:
 
 def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
     """Adjoint of `resample` for an input whose space is `space`."""
-    parts = 2 ** len(space)
     if mode == RESAMPLE_UP:
-        grad = _AVERAGE_POOL[grad.ndim](grad, 2) * parts
+        grad = _SUM_POOL[grad.ndim](grad)
     if mode == RESAMPLE_DOWN:
         for dim, size in enumerate(space, start=2):
             grad = grad.repeat_interleave(2, dim=dim)
@@ -80,7 +84,7 @@ def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
                 last = list(grad.shape)
                 last[dim] = 1
                 grad = torch.cat([grad, grad.new_zeros(last)], dim=dim)
-        grad = grad / parts
+        grad = grad / 2 ** len(space)
     return grad
 
 
