@@ -82,6 +82,8 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     # rows times columns are a program's elements, the shape class the channels
     ("activation", ("gfx942",), None, None, Configuration(1, 2048, 4, 1)),
     ("activation", None, None, None, Configuration(1, 1024, 4, 1)),
+    ("activation_backward", ("gfx942",), None, None, Configuration(16, 128, 4, 1)),
+    ("activation_backward", None, None, None, Configuration(8, 128, 4, 1)),
     ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_backward", ("gfx942",), None, 2048, Configuration(1, 2048, 4, 1)),

@@ -254,8 +254,9 @@ def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
     if not copies:
         return nothing(gradient)
     others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
-    total = gradient.to(compute_dtype(gradient.dtype)).sum(others).to(gradient.dtype)
-    return total.repeat(copies, 1)
+    wide = gradient.to(compute_dtype(gradient.dtype))
+    total = wide.sum(others) if others else wide  # no dimensions would stand for all
+    return total.to(gradient.dtype).repeat(copies, 1)
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -357,8 +358,8 @@ def activation(x: Tensor, kind: int) -> Tensor:
     return y.to(x.dtype).contiguous()
 
 
-def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
-    """The gradient of the activation's input."""
+def activation_backward(grad: Tensor, x: Tensor, kind: int, sums: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient of the activation's input [..., C], and copies of its sums [n, C]."""
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if kind == ACTIVATION_GELU:
@@ -367,7 +368,8 @@ def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
     else:
         sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * wide)
         slope = sigmoid * (1 + QUICK_GELU_SLOPE * wide * (1 - sigmoid))
-    return (grad.to(dtype) * slope).to(x.dtype).contiguous()
+    grad_x = (grad.to(dtype) * slope).to(x.dtype).contiguous()
+    return grad_x, column_sums(grad_x, -1, sums)
 
 
 def linear(

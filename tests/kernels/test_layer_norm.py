@@ -183,19 +183,38 @@ def test_float64_is_left_to_the_default(wide: torch.dtype, parameter: torch.dtyp
 @pytest.mark.parametrize("shape", [(3, 7, 33), (2048,)], ids=str)
 def test_activations_are_exact(shape: tuple[int, ...], kind: int, dtype: torch.dtype) -> None:
     x, grad = draw(*shape, dtype=dtype), draw(*shape[::-1], dtype=dtype).reshape(shape)
-    y, dx = activations.activation(x, kind), activations.activation_backward(grad, x, kind)
-    assert y.dtype is dx.dtype is dtype
+    y = activations.activation(x, kind)
+    assert y.dtype is dtype
     assert error(y, reference.activation(x.double(), kind)) <= TOLERANCE[dtype]
-    assert error(dx, reference.activation_backward(grad.double(), x.double(), kind)) <= TOLERANCE[dtype]
+    exact, totals = reference.activation_backward(grad.double(), x.double(), kind, 1)
+    for copies in (0, 1, 2):
+        dx, sums = activations.activation_backward(grad, x, kind, copies)
+        assert dx.dtype is sums.dtype is dtype
+        assert error(dx, exact) <= TOLERANCE[dtype]
+        assert sums.shape == ((copies, shape[-1]) if copies else (0,))
+        assert all(error(each, totals[0]) <= TOLERANCE[dtype] for each in sums)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_activations_of_runs_of_rows_are_summed(
+    rows: int, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "RUNS", 3)
+    x, grad = draw(rows, 300), draw(300, rows).t().contiguous()
+    exact, totals = reference.activation_backward(grad.double(), x.double(), kind, 1)
+    dx, sums = activations.activation_backward(grad, x, kind, 1)
+    assert error(dx, exact) <= 1e-6
+    assert error(sums, totals) <= 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_stay_right_far_from_zero(kind: int) -> None:
     x = torch.tensor([-200.0, -50.0, -8.0, 0.0, 8.0, 50.0, 200.0], device=DEVICE)
-    y, dx = activations.activation(x, kind), activations.activation_backward(torch.ones_like(x), x, kind)
+    y, dx = activations.activation(x, kind), activations.activation_backward(torch.ones_like(x), x, kind)[0]
     exact = reference.activation(x.double(), kind)
-    slope = reference.activation_backward(torch.ones_like(x).double(), x.double(), kind)
+    slope, _ = reference.activation_backward(torch.ones_like(x).double(), x.double(), kind)
     torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(dx.double(), slope, rtol=1e-6, atol=1e-6)
 
@@ -203,15 +222,19 @@ def test_activations_stay_right_far_from_zero(kind: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_nothing_strides_and_float64(kind: int) -> None:
     assert activations.activation(draw(0, 5), kind).shape == (0, 5)
+    dx, sums = activations.activation_backward(draw(0, 5), draw(0, 5), kind, 1)
+    assert dx.shape == (0, 5)
+    assert torch.equal(sums, torch.zeros(1, 5, device=DEVICE))
+    one = torch.ones((), device=DEVICE)
+    assert activations.activation_backward(one, one, kind)[0].shape == ()
     x = draw(6, 9).t()
     y = activations.activation(x, kind)
     assert y.is_contiguous()
     assert torch.equal(y, activations.activation(x.contiguous(), kind))
-    assert torch.equal(
-        activations.activation_backward(x, x, kind), activations.activation_backward(x.contiguous(), x, kind)
-    )
+    dense = x.contiguous()
+    assert torch.equal(*(activations.activation_backward(each, x, kind)[0] for each in (x, dense)))
     assert activations.activation(x.double(), kind).dtype is torch.float64
-    assert activations.activation_backward(x.double(), x.double(), kind).dtype is torch.float64
+    assert activations.activation_backward(x.double(), x.double(), kind)[0].dtype is torch.float64
 
 
 def test_resources_hold_to_the_budget() -> None:
@@ -224,6 +247,7 @@ def test_resources_hold_to_the_budget() -> None:
         ("layer_norm", "sm_90", "layer_norm parameters and sums 154x768"),
         ("activation", "sm_90", "activation gelu"),
         ("activation", "sm_80", "activation quick_gelu backward"),
+        ("activation", "sm_90", "activation gelu backward and sums"),
     ]
     for row in compile_cases(wanted):
         assert row["spills"] == 0, row
