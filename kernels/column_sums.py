@@ -32,7 +32,8 @@ def totals_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & lanes[None, :]
-        total += tl.load(parts + row[:, None] * columns + column[None, :], mask=there, other=0.0)
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(parts + at, mask=there, other=0.0)
     result = tl.sum(total, axis=0).to(sums.dtype.element_ty)
     for copy in tl.static_range(COPIES):
         tl.store(sums + copy * columns + column, result, mask=lanes)

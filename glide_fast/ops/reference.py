@@ -240,23 +240,14 @@ def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
     if not copies:
         return nothing(gradient)
     others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
-    total = gradient.to(compute_dtype(gradient.dtype)).sum(others).to(gradient.dtype)
-    return total.repeat(copies, 1)
+    wide = gradient.to(compute_dtype(gradient.dtype))
+    total = wide.sum(others) if others else wide  # no dimensions would stand for all
+    return total.to(gradient.dtype).repeat(copies, 1)
 
 
 def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
     """tensor, or its sum with ``summand`` in tensor's dtype."""
     return tensor if summand is None else tensor + summand.to(tensor.dtype)
-
-
-def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
-    """[copies, C], each the sum over all dimensions but ``dim``; [0] without copies."""
-    if not copies:
-        return nothing(gradient)
-    others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
-    wide = gradient.to(compute_dtype(gradient.dtype))
-    total = wide.sum(others) if others else wide  # no dimensions would stand for all
-    return total.to(gradient.dtype).repeat(copies, 1)
 
 
 def _padding(weight: Tensor) -> list[int]:
