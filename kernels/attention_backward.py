@@ -6,20 +6,24 @@ Some programs own a tile of keys and values, of the text or the image, and go th
 own a tile of queries and go through all keys. Scores are computed twice, for which there are no atomics, no
 second launch and the same bits every time. The sums Σ dy y are made where they are needed.
 
+If that is asked for, each program also leaves the sum over its rows, and a second launch adds these up: the
+gradient of the bias of the layer that projected queries, keys and values.
+
 Memory: e B N D (5 T + 2 S) bytes read and e B N D (3 T + 2 S) written, what is looped over again from L2.
 Work: 14 B N T (S + T) D FLOP, 10 of which a pass with atomics would need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from glide_fast.kernels import launch
+from glide_fast.kernels import column_sums, launch
 from glide_fast.kernels.attention import (
     SHAPES,
     Operands,
@@ -38,7 +42,30 @@ from glide_fast.ops import dispatch
 from glide_fast.ops.projected_attention import views_of
 
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_text_key", "grad_text_value")
+SUMS = ("sum_query", "sum_key", "sum_value")
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_Result = TypeVar("_Result")
+
+
+@triton.jit
+def _store_sums(
+    target,  # [B, places, N, D], float32
+    tile,  # [ROWS, DIM], zero where there is nothing
+    batch,
+    head,
+    place,  # of the tile among `tiles`
+    tiles,
+    places,  # as many as there are tiles, or more
+    strides,  # of batch, place and head
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Leave the sum over a tile's rows in its place, and zeros in those that no tile of its kind has."""
+    columns = tl.arange(0, DIM)
+    at = target + batch.to(tl.int64) * strides[0] + head * strides[2] + columns
+    tl.store(at + place * strides[1], tl.sum(tile, 0), mask=columns < D)
+    for vacant in range(place + tiles, places, tiles):
+        tl.store(at + vacant * strides[1], tl.zeros([DIM], tl.float32), mask=columns < D)
 
 
 @triton.jit
@@ -51,6 +78,8 @@ def _key_gradients(
     log_sum,
     grad_key,  # [B, length, N, D]
     grad_value,
+    sum_key,  # or None
+    sum_value,
     batch,
     head,
     first,  # key of the tile
@@ -60,6 +89,7 @@ def _key_gradients(
     strides,
     output_strides,
     grad_strides,
+    sum_strides,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -90,6 +120,13 @@ def _key_gradients(
     key_total = key_total * (SCALE * 0.6931471805599453)
     store_tile(grad_key, key_total, batch, head, first, length, grad_strides, D, COLUMNS, DIM)
     store_tile(grad_value, value_total, batch, head, first, length, grad_strides, D, COLUMNS, DIM)
+    if sum_key is not None:
+        inside = (first + tl.arange(0, COLUMNS) < length)[:, None]
+        place, tiles, places = first // COLUMNS, tl.cdiv(length, COLUMNS), tl.cdiv(length, min(ROWS, COLUMNS))
+        key_total = tl.where(inside, key_total, 0.0)
+        _store_sums(sum_key, key_total, batch, head, place, tiles, places, sum_strides, D, DIM)
+        value_total = tl.where(inside, value_total, 0.0)
+        _store_sums(sum_value, value_total, batch, head, place, tiles, places, sum_strides, D, DIM)
 
 
 @triton.jit
@@ -141,6 +178,9 @@ def _backward(
     grad_value,
     grad_text_key,
     grad_text_value,
+    sum_query,  # [B, places, N, D], the tiles' sums over their rows, or None
+    sum_key,
+    sum_value,
     queries,
     text,
     heads,
@@ -149,6 +189,7 @@ def _backward(
     output_strides,
     grad_strides,
     grad_text_strides,
+    sum_strides,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -186,17 +227,22 @@ def _backward(
         )  # fmt: skip
         total = total * (SCALE * 0.6931471805599453)
         store_tile(grad_query, total, batch, head, first, queries, grad_strides, D, ROWS, DIM)
+        if sum_query is not None:  # of queries behind the last one, gradients are zero
+            _store_sums(
+                sum_query, total, batch, head, tile - key_tiles, tiles - key_tiles,
+                tl.cdiv(queries, min(ROWS, COLUMNS)), sum_strides, D, DIM,
+            )  # fmt: skip
     elif tile >= text_tiles:
         _key_gradients(
-            query, key, value, output, grad, log_sum, grad_key, grad_value, batch, head,
+            query, key, value, output, grad, log_sum, grad_key, grad_value, sum_key, sum_value, batch, head,
             (tile - text_tiles) * COLUMNS, queries, queries, strides, strides, output_strides, grad_strides,
-            D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
+            sum_strides, D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
         )  # fmt: skip
     elif text_key is not None:
         _key_gradients(
-            query, text_key, text_value, output, grad, log_sum, grad_text_key, grad_text_value, batch, head,
-            tile * COLUMNS, queries, text, strides, text_strides, output_strides, grad_text_strides,
-            D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
+            query, text_key, text_value, output, grad, log_sum, grad_text_key, grad_text_value, None, None,
+            batch, head, tile * COLUMNS, queries, text, strides, text_strides, output_strides,
+            grad_text_strides, sum_strides, D, SCALE, DESCRIPTORS, ROWS, COLUMNS, DIM, PRECISION,
         )  # fmt: skip
 
 
@@ -215,7 +261,16 @@ def attention_backward(
         default = dispatch.default("attention_backward")
         plain: _Gradients = default(grad, query, key, value, text_key, text_value, output, log_sum)
         return plain
-    found = _gradients((query, key, value, text_key, text_value), grad, output, log_sum)
+    operands = Operands.of(query, key, value, text_key, text_value)
+    saved = output.contiguous(), grad.contiguous(), log_sum.contiguous()
+
+    def start(cut: Configuration) -> list[Tensor]:
+        given = operands.image + operands.text
+        gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
+        plan(operands, saved, gradients, (), cut, launch.architecture(query.device)).start()
+        return gradients
+
+    found = _run(operands, start)
     absent = [query.new_empty(0 if tensor is None else tensor.shape) for tensor in (text_key, text_value)]
     return (*found[:3], *(found[3:] or absent))
 
@@ -228,49 +283,49 @@ def projected_attention_backward(
     log_sum: Tensor,
     heads: int,
     by_head: bool,
-) -> tuple[Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `projected_attention_backward`: each part of a gradient is written where it lies."""
     if not serves(output):
         default = dispatch.default("projected_attention_backward")
-        plain: tuple[Tensor, Tensor] = default(grad, projection, text, output, log_sum, heads, by_head)
+        plain: tuple[Tensor, Tensor, Tensor] = default(
+            grad, projection, text, output, log_sum, heads, by_head, sums
+        )
         return plain
     grad_projection = projection.new_empty(projection.shape)
     grad_text = projection.new_empty(0 if text is None else text.shape)
-    inputs = views_of(projection, text, heads, by_head)
-    targets = views_of(grad_projection, None if text is None else grad_text, heads, by_head)
-    _gradients(inputs, grad, output, log_sum, [each for each in targets if each is not None])
-    return grad_projection, grad_text
-
-
-def _gradients(
-    inputs: Sequence[Tensor | None],
-    grad: Tensor,
-    output: Tensor,
-    log_sum: Tensor,
-    targets: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """The gradients of the inputs that there are, in new memory or in that of the targets."""
-    operands = Operands.of(*inputs)
-    given = operands.image + operands.text
+    operands = Operands.of(*views_of(projection, text, heads, by_head))
     saved = output.contiguous(), grad.contiguous(), log_sum.contiguous()
-    architecture = launch.architecture(output.device)
+    targets = views_of(grad_projection, None if text is None else grad_text, heads, by_head)
+    gradients = [each for each in targets if each is not None][: len(operands.image + operands.text)]
 
-    def start(cut: Configuration) -> list[Tensor]:
-        found = targets or [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
-        plan(operands, saved, found[: len(given)], cut, architecture).start()
-        return list(found)
+    def start(cut: Configuration) -> Tensor:
+        places = triton.cdiv(projection.shape[1], min(cut.rows, cut.columns)) if sums else 0
+        parts = projection.new_empty((len(projection), places, projection.shape[2]), dtype=torch.float32)
+        parts_of = views_of(parts, None, heads, by_head)[:3] if sums else ()
+        plan(operands, saved, gradients, parts_of, cut, launch.architecture(output.device)).start()
+        return parts
 
-    return run("attention_backward", output.device, 8 * output.element_size(), operands.dim, start)
+    return grad_projection, grad_text, column_sums.totals(_run(operands, start), sums, projection.dtype)
+
+
+def _run(operands: Operands, start: Callable[[Configuration], _Result]) -> _Result:
+    query = operands.image[0]
+    return run("attention_backward", query.device, 8 * query.element_size(), operands.dim, start)
 
 
 def plan(
     operands: Operands,
     saved: tuple[Tensor, Tensor, Tensor],
     gradients: Sequence[Tensor],
+    sums: Sequence[Tensor],
     cut: Configuration,
     architecture: str,
 ) -> Launch:
-    """The launch; saved are output, its gradient and log_sum, all dense, gradients alike as operands are."""
+    """The launch; saved are output, its gradient and log_sum, all dense, gradients alike as operands are.
+
+    Sums are views [B, places, N, D] for queries, keys and values, alike too, or none.
+    """
     output, grad, log_sum = saved
     batch, queries, heads, _ = output.shape
     # Products of float32 take their factors from registers: going through descriptors costs more of them.
@@ -288,6 +343,8 @@ def plan(
         "PRECISION": "ieee" if kin(architecture) == "sm_120" else precision(architecture, grad.dtype),
     }
     arguments |= dict.fromkeys(GRADIENTS) | dict(zip(GRADIENTS, gradients, strict=False))
+    arguments |= dict.fromkeys(SUMS) | dict(zip(SUMS, sums, strict=False))
+    arguments["sum_strides"] = sums[0].stride()[:3] if sums else (0, 0, 0)
     arguments["grad_strides"] = gradients[0].stride()[:3]
     arguments["grad_text_strides"] = gradients[-1].stride()[:3]
     key_tiles = triton.cdiv(arguments["text"], cut.columns) + triton.cdiv(queries, cut.columns)
@@ -304,7 +361,10 @@ def cases(target: str) -> list[Case]:
         saved = dense, dense, dense.new_empty((query.shape[0], *query.shape[2:0:-1]), dtype=torch.float32)
         cut = choose("attention_backward", target, 8 * query.element_size(), operands.dim)
         gradients = [each.contiguous() for each in operands.image + operands.text]
-        found.append(
-            plan(operands, saved, gradients, cut, target).case(case_name("attention_backward", shape))
-        )
+        batch, queries, heads, dim = query.shape
+        places = triton.cdiv(queries, min(cut.rows, cut.columns))
+        parts = query.new_empty((batch, places, heads, 3, dim), dtype=torch.float32).unbind(3)
+        name = case_name("attention_backward", shape)
+        found.append(plan(operands, saved, gradients, (), cut, target).case(name))
+        found.append(plan(operands, saved, gradients, parts, cut, target).case(f"{name} and sums"))
     return found

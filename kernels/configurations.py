@@ -61,7 +61,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention_backward", None, 16, 64, Configuration(64, 64, 4, 1)),
     ("attention_backward", None, 16, 128, Configuration(64, 64, 8, 1)),
     ("attention_backward", ("sm_80",), 32, 64, Configuration(16, 32, 4, 1, registers=255)),
-    ("attention_backward", ("sm_90",), 32, 64, Configuration(32, 16, 4, 1, registers=208)),
+    ("attention_backward", ("sm_90",), 32, 64, Configuration(32, 16, 4, 1, registers=192)),
     ("attention_backward", ("sm_120",), 32, 64, Configuration(32, 32, 8, 1)),
     ("attention_backward", ("sm_120",), 32, 128, Configuration(16, 16, 8, 1)),
     ("attention_backward", None, 32, 64, Configuration(16, 32, 4, 1)),
@@ -82,9 +82,12 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     # rows times columns are a program's elements, the shape class the channels
     ("activation", ("gfx942",), None, None, Configuration(1, 2048, 4, 1)),
     ("activation", None, None, None, Configuration(1, 1024, 4, 1)),
+    ("activation_backward", ("gfx942",), None, None, Configuration(16, 128, 4, 1)),
+    ("activation_backward", None, None, None, Configuration(8, 128, 4, 1)),
     ("layer_norm", None, None, 2048, Configuration(1, 2048, 4, 1)),
     ("layer_norm", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_backward", ("gfx942",), None, 2048, Configuration(1, 2048, 4, 1)),
+    ("layer_norm_backward", None, 16, 2048, Configuration(1, 2048, 8, 1, registers=80)),
     ("layer_norm_backward", None, None, 2048, Configuration(1, 2048, 8, 1)),
     ("layer_norm_backward", None, None, None, Configuration(1, 4096, 8, 1)),
     ("layer_norm_parameters", None, None, None, Configuration(32, 32, 4, 1)),
@@ -107,6 +110,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("hybrid_loss", None, None, None, Configuration(1024, 1, 4, 1)),
     ("gradient_norm", None, None, None, Configuration(2048, 1, 8, 1)),
     ("product_sum", None, None, None, Configuration(64, 32, 4, 1)),
+    ("column_sums", None, None, None, Configuration(128, 32, 8, 1)),
     # rows times columns are the moments that a program reads at a time
     ("moments", None, None, None, Configuration(16, 64, 4, 1)),
 )

@@ -1,5 +1,7 @@
 """The norm of all gradients together: a launch for the sums of their squares, one for the root of their sum.
 
+The second also divides the limit by it: the factor that clips the gradients.
+
 Programs find their tensor in a table of addresses, as those of AdamW do; each sums a run of its elements and
 leaves one number, and one program adds these, all in a fixed order. PyTorch's norms of lists take a launch
 every 320 blocks of 65536 elements, and one more for the norms of the tensors.
@@ -10,6 +12,7 @@ Bytes: each gradient once. 2 FLOP an element: memory is what limits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from glide_fast.kernels.compilation import Case
 from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.plan import Launch
 from glide_fast.ops import dispatch
+from glide_fast.ops.reference_elements import NEVER_ZERO
 
 RUN = 65536  # elements that a program sums at most
 ROW = 4  # columns of 8 bytes: address, elements, first program, kind
@@ -70,41 +74,45 @@ def squares_kernel(
 
 
 @triton.jit
-def root_kernel(sums, norm, programs):
-    """The root of the sum of all programs' sums."""
+def root_kernel(sums, norm, factor, programs, limit, scale, NEVER_ZERO: tl.constexpr):
+    """The root of the sum of all programs' sums, and the factor that clips to the limit; a NaN stays one."""
     total = tl.zeros([SUMS], tl.float32)
     for first in range(0, programs, SUMS):
         index = first + tl.arange(0, SUMS)
         total += tl.load(sums + index, index < programs, other=0.0)
-    tl.store(norm, tl.sqrt(tl.sum(total, axis=0)))
+    root = tl.sqrt(tl.sum(total, axis=0)) / scale
+    ratio = limit / (root + NEVER_ZERO)
+    tl.store(norm, root)
+    tl.store(factor, tl.where(ratio > 1, 1.0, ratio) / scale)
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
+def gradient_norm(gradients: list[Tensor], limit: float, scale: float) -> tuple[Tensor, Tensor]:
     """The op `gradient_norm`; gradients of other dtypes, and none with an element, go to the default."""
     filled = [each if _is_dense(each) else each.contiguous() for each in gradients if each.numel()]
     if not filled or not {each.dtype for each in filled} <= set(KINDS):
-        result: Tensor = dispatch.default("gradient_norm")(gradients)
+        result: tuple[Tensor, Tensor] = dispatch.default("gradient_norm")(gradients, limit, scale)
         return result
     device = filled[0].device
     rows = _rows(filled)
     pinned = rows.pin_memory() if device.type == "cuda" else rows  # so that sending it waits for nothing
     aligned = not bool((rows[:, 0] % _ALIGNMENT).any())
-    norm = torch.empty((), device=device)
+    norm, factor = (torch.empty((), device=device) for _ in range(2))
+    told: dict[str, Any] = {"norm": norm, "factor": factor, "limit": float(limit), "scale": float(scale)}
     configuration = configurations.choose("gradient_norm", launch.architecture(device), 32)
     sizes = tuple(each.numel() for each in filled)
-    for each in _plan(pinned.to(device, non_blocking=True), sizes, norm, aligned, configuration):
+    for each in _plan(pinned.to(device, non_blocking=True), sizes, told, aligned, configuration):
         each.start()
-    return norm
+    return norm, factor
 
 
 def _plan(
-    table: Tensor, sizes: tuple[int, ...], norm: Tensor, aligned: bool, configuration: Configuration
+    table: Tensor, sizes: tuple[int, ...], told: dict[str, Any], aligned: bool, configuration: Configuration
 ) -> list[Launch]:
     owned = owners(sizes, RUN, table.device)
     sums = torch.empty(len(owned), device=table.device)
     arguments = {
-        "table": table, "owners": owned, "sums": sums, "norm": norm, "programs": len(owned),
-        "ALIGNED": aligned, "ROW": ROW, "RUN": RUN, "BLOCK": configuration.rows,
+        **told, "table": table, "owners": owned, "sums": sums, "programs": len(owned),
+        "NEVER_ZERO": NEVER_ZERO, "ALIGNED": aligned, "ROW": ROW, "RUN": RUN, "BLOCK": configuration.rows,
     }  # fmt: skip
     return [
         Launch(squares_kernel, len(owned), arguments, configuration),
@@ -131,6 +139,8 @@ def cases(target: str) -> Iterator[Case]:
     """What is compiled to be measured."""
     table = torch.empty(2, ROW, dtype=torch.int64, device="meta")
     configuration = configurations.choose("gradient_norm", target, 32)
-    plans = _plan(table, (10**6, 100), torch.empty((), device="meta"), True, configuration)
+    norm, factor = (torch.empty((), device="meta") for _ in range(2))
+    told = {"norm": norm, "factor": factor, "limit": 1.0, "scale": 1.0}
+    plans = _plan(table, (10**6, 100), told, True, configuration)
     for name, plan in zip(("squares", "root"), plans, strict=True):
         yield plan.case(f"gradient_norm {name}")

@@ -1,8 +1,8 @@
 """LayerNorm over the last dimension, forward in one launch, backward in one or two.
 
-A program holds whole rows in registers and takes their variance in two passes over them. In the backward pass
-each program also sums what its rows give to weight and bias, and a second kernel puts those sums together, in
-a fixed order: there are no atomics. All arithmetic is float32.
+A program holds whole rows in registers and takes their variance in two passes over them. In the backward
+pass each program also sums what its rows give to weight and bias, and if asked the rows that it writes, and a
+second kernel puts those sums together, in a fixed order: there are no atomics. All arithmetic is float32.
 
 Bytes in 16 bits: 4 an element forward (read, write), 6 backward (x and the gradient read, dx written); 2 more
 with a summand, which is another path's gradient of x.
@@ -55,16 +55,17 @@ def layer_norm_kernel(
 @triton.jit
 def layer_norm_backward_kernel(
     grad, x, weight, mean, rstd, summand, dx, sums, plane, grad_row, x_row, summand_row, rows, channels,
-    programs, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, SUMMAND: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    programs, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, SUMMAND: tl.constexpr, COPIES: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dx of every `programs`-th block of rows, and their sums for weight and bias [2, programs, C]."""
+    """dx of every `programs`-th block of rows; sums [planes, programs, C] for weight, bias and of dx."""
     program = tl.program_id(0)
     channel = tl.arange(0, LANES)
     lanes = channel < channels
     gain = tl.load(weight + channel, mask=lanes, other=0.0).to(tl.float32)
     weight_sums = tl.zeros([ROWS, LANES], tl.float32)
     bias_sums = tl.zeros([ROWS, LANES], tl.float32)
+    dx_sums = tl.zeros([ROWS, LANES], tl.float32)
     for first in range(program * ROWS, rows, programs * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
@@ -89,30 +90,43 @@ def layer_norm_backward_kernel(
                 near = summand + wide_row * summand_row + channel[None, :]
                 result += tl.load(near, mask=there, other=0.0).to(tl.float32)
             tl.store(dx + wide_row * channels + channel[None, :], result.to(dx.dtype.element_ty), mask=there)
+            if COPIES:
+                dx_sums += result  # 0 in rows behind the last
+    at = sums + program * channels + channel
     if NEEDS_WEIGHT:
-        at = program * channels + channel
-        tl.store(sums + at, tl.sum(weight_sums, axis=0), mask=lanes)
-        tl.store(sums + plane + at, tl.sum(bias_sums, axis=0), mask=lanes)
+        tl.store(at, tl.sum(weight_sums, axis=0), mask=lanes)
+        tl.store(at + plane, tl.sum(bias_sums, axis=0), mask=lanes)
+    if COPIES:
+        tl.store(at + 2 * NEEDS_WEIGHT * plane, tl.sum(dx_sums, axis=0), mask=lanes)
 
 
 @triton.jit
 def parameters_kernel(
-    sums, plane, grad_weight, grad_bias, programs, channels, ROWS: tl.constexpr, LANES: tl.constexpr
+    sums, plane, grad_weight, grad_bias, columns, programs, channels, NEEDS_WEIGHT: tl.constexpr,
+    COPIES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """The sums of LANES channels over all programs."""
+    """The sums of LANES channels over all programs; those of dx as often as they are wanted."""
     channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
     lanes = channel < channels
     weight_sums = tl.zeros([ROWS, LANES], tl.float32)
     bias_sums = tl.zeros([ROWS, LANES], tl.float32)
+    dx_sums = tl.zeros([ROWS, LANES], tl.float32)
     for first in range(0, programs, ROWS):
         program = first + tl.arange(0, ROWS)
         there = (program < programs)[:, None] & lanes[None, :]
-        at = program[:, None] * channels + channel[None, :]
-        weight_sums += tl.load(sums + at, mask=there, other=0.0)
-        bias_sums += tl.load(sums + plane + at, mask=there, other=0.0)
-    weight_total, bias_total = tl.sum(weight_sums, axis=0), tl.sum(bias_sums, axis=0)
-    tl.store(grad_weight + channel, weight_total.to(grad_weight.dtype.element_ty), mask=lanes)
-    tl.store(grad_bias + channel, bias_total.to(grad_bias.dtype.element_ty), mask=lanes)
+        at = sums + program[:, None] * channels + channel[None, :]
+        if NEEDS_WEIGHT:
+            weight_sums += tl.load(at, mask=there, other=0.0)
+            bias_sums += tl.load(at + plane, mask=there, other=0.0)
+        if COPIES:
+            dx_sums += tl.load(at + 2 * NEEDS_WEIGHT * plane, mask=there, other=0.0)
+    if NEEDS_WEIGHT:
+        weight_total, bias_total = tl.sum(weight_sums, axis=0), tl.sum(bias_sums, axis=0)
+        tl.store(grad_weight + channel, weight_total.to(grad_weight.dtype.element_ty), mask=lanes)
+        tl.store(grad_bias + channel, bias_total.to(grad_bias.dtype.element_ty), mask=lanes)
+    dx_total = tl.sum(dx_sums, axis=0).to(columns.dtype.element_ty)
+    for copy in tl.static_range(COPIES):
+        tl.store(columns + copy * channels + channel, dx_total, mask=lanes)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,52 +162,56 @@ def _forward(
 
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_x: bool, needs_weight: bool,
-    summand: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    summand: Tensor | None = None, sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op `layer_norm_backward`; what the kernels do not cover goes to the default."""
     if not _covered(x, weight):
-        result: tuple[Tensor, Tensor, Tensor] = dispatch.default("layer_norm_backward")(
-            grad, x, weight, mean, rstd, needs_x, needs_weight, summand
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = dispatch.default("layer_norm_backward")(
+            grad, x, weight, mean, rstd, needs_x, needs_weight, summand, sums
         )
         return result
     dx = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
-    fresh = weight.new_empty if x.numel() > 0 else weight.new_zeros
-    grad_weight, grad_bias = (fresh(weight.shape if needs_weight else 0) for _ in range(2))
+    fresh = torch.empty if x.numel() > 0 else torch.zeros
+    parameters = weight.shape if needs_weight else 0
+    grad_weight, grad_bias = (fresh(parameters, dtype=weight.dtype, device=x.device) for _ in range(2))
+    columns = fresh((sums, x.shape[-1]) if sums and needs_x else 0, dtype=x.dtype, device=x.device)
     if x.numel() > 0 and (needs_x or needs_weight):
+        results = dx, grad_weight, grad_bias, columns
         configurations.run(
             "layer_norm_backward", x.device, 8 * x.element_size(), x.shape[-1],
-            lambda each: start(
-                _backward(grad, x, weight, mean, rstd, summand, (dx, grad_weight, grad_bias), each)
-            ),
+            lambda each: start(_backward(grad, x, weight, mean, rstd, summand, results, each)),
         )  # fmt: skip
-    return dx, grad_weight, grad_bias
+    return dx, grad_weight, grad_bias, columns
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, summand: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor], configuration: Configuration,
+    results: tuple[Tensor, Tensor, Tensor, Tensor], configuration: Configuration,
 ) -> list[Launch]:  # fmt: skip
-    dx, grad_weight, grad_bias = results
+    dx, grad_weight, grad_bias, columns = results
     arriving, flat = _rows(grad), _rows(x)
     added = flat if summand is None else _rows(summand)
     rows, channels = flat.shape
     lanes = triton.next_power_of_2(channels)
     each = max(configuration.rows * configuration.columns // lanes, 1)
-    needs_x, needs_weight = dx.numel() > 0, grad_weight.numel() > 0
+    needs_x, needs_weight, copies = dx.numel() > 0, grad_weight.numel() > 0, columns.numel() // channels
     programs = min(triton.cdiv(rows, each), PROGRAMS)
-    sums = torch.empty((2, programs, channels) if needs_weight else 0, dtype=torch.float32, device=x.device)
+    planes = 2 * needs_weight + (copies > 0)
+    sums = torch.empty(planes, programs, channels, dtype=torch.float32, device=x.device)
     arguments: dict[str, Any] = {
         "grad": arriving, "x": flat, "weight": weight.contiguous(), "mean": mean.contiguous(),
-        "rstd": rstd.contiguous(), "summand": added, "dx": dx, "sums": sums, "plane": sums.numel() // 2,
+        "rstd": rstd.contiguous(), "summand": added, "dx": dx, "sums": sums, "plane": programs * channels,
         "grad_row": arriving.stride(0), "x_row": flat.stride(0), "summand_row": added.stride(0),
         "rows": rows, "channels": channels, "programs": programs, "NEEDS_X": needs_x,
-        "NEEDS_WEIGHT": needs_weight, "SUMMAND": summand is not None, "ROWS": each, "LANES": lanes,
+        "NEEDS_WEIGHT": needs_weight, "SUMMAND": summand is not None, "COPIES": copies, "ROWS": each,
+        "LANES": lanes,
     }  # fmt: skip
     first = Launch(layer_norm_backward_kernel, programs, arguments, configuration)
-    if not needs_weight:
+    if planes == 0:
         return [first]
     cut = configurations.choose("layer_norm_parameters", launch.architecture(x.device), 32)
-    parameters = {"grad_weight": grad_weight, "grad_bias": grad_bias, "ROWS": cut.rows, "LANES": cut.columns}
+    parameters: dict[str, Any] = {"grad_weight": grad_weight, "grad_bias": grad_bias, "columns": columns}
+    parameters |= {"ROWS": cut.rows, "LANES": cut.columns}
     blocks = triton.cdiv(channels, cut.columns)
     return [first, Launch(parameters_kernel, blocks, {**arguments, **parameters}, cut)]
 
@@ -219,8 +237,10 @@ def cases(target: str) -> Iterator[Case]:
         launched = _forward(x, weight, bias, 1e-5, x, mean, rstd, forward)
         yield launched.case(f"layer_norm forward {name}")
         configuration = configurations.choose("layer_norm_backward", target, 16, channels)
-        backward = _backward(x, x, weight, mean, rstd, x, (x, weight, bias), configuration)
-        yield from (
-            each.case(f"layer_norm {part} {name}")
-            for each, part in zip(backward, ("backward", "parameters"), strict=True)
-        )
+        for copies, sums in ((0, ""), (2, " and sums")):
+            results = x, weight, bias, x[:copies]
+            backward = _backward(x, x, weight, mean, rstd, x, results, configuration)
+            yield from (
+                each.case(f"layer_norm {part}{sums} {name}")
+                for each, part in zip(backward, ("backward", "parameters"), strict=True)
+            )

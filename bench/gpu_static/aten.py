@@ -160,7 +160,7 @@ def gradient_norm(args: tuple[Any, ...]) -> list[Launch]:
     return [
         Launch("copy to the device", "gradient_norm", 8 * 4 * len(filled)),
         Launch("squares_kernel", "gradient_norm", sum(map(footprint, filled)) + 2 * sums),
-        Launch("root_kernel", "gradient_norm", sums + 4),
+        Launch("root_kernel", "gradient_norm", sums + 8),
     ]
 
 

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from glide_fast import kernels
+from glide_fast.diffusion import GaussianDiffusion, Schedule
+from glide_fast.diffusion.rules import ddpm_rule
 
 ALLOWED = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 Arguments = tuple[Any, ...]
@@ -64,6 +67,17 @@ def _heads(tokens: int, text: int, dim: int) -> Arguments:
     return query, key, value, text_key, text_value
 
 
+def _losses(batch: int, size: int) -> Arguments:
+    """Pictures at steps from the first to the last, and a model that misses their noise."""
+    diffusion = GaussianDiffusion(schedule=Schedule.create("cosine", 1000))
+    x_start, noise = _normal(batch, 3, size, size).clamp(-1, 1), _normal(batch, size, 3, size).transpose(1, 2)
+    t = torch.linspace(0, 999, batch).long()
+    miss, variance = _normal(batch, 6, size, size).chunk(2, dim=1)
+    output = torch.cat([noise + 0.3 * miss, variance], dim=1)
+    table = ddpm_rule(diffusion, clip=False, device=t.device).table
+    return output, x_start, diffusion.q_sample(x_start, t, noise), noise, t, table
+
+
 CASES: dict[str, dict[str, Callable[[], Arguments]]] = {
     "group_norm": {
         "192x16x16 FiLM SiLU": lambda: _norm(192, 16, 0),
@@ -94,7 +108,15 @@ CASES: dict[str, dict[str, Callable[[], Arguments]]] = {
     "norm_convolution": {
         "64x8x8 + 64 x 48": lambda: _norm_convolution(64, 64, 8, 48),
     },
+    "hybrid_loss": {
+        "4x3x9x9, steps 0 to 999": lambda: _losses(4, 9),
+    },
+    "gradient_norm": {
+        "96x33, 70001, 5, clipped to 1": lambda: ([_normal(96, 33), _normal(70001), _normal(5)], 1.0, 1.0),
+    },
 }
+# Of these only so many arguments may have 16 bits; the others stay float32.
+NARROW = {"hybrid_loss": 1}
 
 
 # Arguments of the backward op, from a gradient, the forward op's arguments and its results. x itself stands
@@ -103,16 +125,17 @@ BACKWARD: dict[str, Callable[[Tensor, Arguments, Arguments], Arguments]] = {
     "group_norm": lambda grad, given, results: (grad, *given[:5], *results[1:], *given[7:], given[0]),
     "dropped_group_norm": lambda grad, given, results: (grad, *given[:5], *results[1:], *given[7:]),
     "attention": lambda grad, given, results: (grad, *given, *results),
-    "layer_norm": lambda grad, given, results: (grad, *given[:2], *results[1:], True, True, given[0]),
+    "layer_norm": lambda grad, given, results: (grad, *given[:2], *results[1:], True, True, given[0], 2),
+    "hybrid_loss": lambda grad, given, _results: (grad, grad.roll(1), *given),
 }
 
 
 def _converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     """The arguments with every floating-point tensor in a dtype, its order in memory as it was."""
-    return tuple(
-        each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each
-        for each in arguments
+    converted: Arguments = pytree.tree_map_only(
+        Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, arguments
     )
+    return converted
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
@@ -144,7 +167,11 @@ def rows() -> Iterator[Row]:
         for name, make in named.items():
             for dtype, allowed in ALLOWED.items():
                 kind = str(dtype).removeprefix("torch.")
-                arguments = _converted(make(), dtype)
+                drawn = make()
+                arguments = (
+                    *_converted(drawn[: NARROW.get(op)], dtype),
+                    *drawn[NARROW.get(op, len(drawn)) :],
+                )
                 results = _call(op, arguments)
                 yield Row(op, name, kind, _error(op, results, arguments), allowed)
                 backward = f"{op}_backward"

@@ -183,7 +183,7 @@ def _times(batch: int) -> Tensor:
 
 
 class _Lesson:
-    """What a training step learns from, and its loss."""
+    """What a training step learns from, and its losses."""
 
     def __init__(self, config: UNetConfig, batch: int, answer: Callable[..., Tensor]) -> None:
         self.answer = answer
@@ -191,14 +191,15 @@ class _Lesson:
         self.pictures, self.steps, _ = _pictures(config, batch)
         self.noise = torch.empty_like(self.pictures)
         self.tokens, self.mask = _words(config, batch)
+        self.weights = torch.empty(batch)  # of the steps
 
-    def loss(self) -> Tensor:
-        """The mean over the batch of the hybrid loss."""
+    def losses(self) -> Tensor:
+        """The hybrid loss of each picture."""
         x = self.diffusion.q_sample(self.pictures, self.steps, self.noise)
         output = self.answer(
             x, self.diffusion.model_timesteps(self.steps), tokens=self.tokens, mask=self.mask
         )
-        return hybrid_loss(self.diffusion, output, self.pictures, x, self.steps, self.noise).loss.mean()
+        return hybrid_loss(self.diffusion, output, self.pictures, x, self.steps, self.noise).loss
 
 
 def _optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -256,7 +257,7 @@ def our_training(config: UNetConfig, batch: int) -> Build:
         def call() -> None:
             network.zero_grad(set_to_none=True)
             with working.lent():
-                lesson.loss().backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(lesson.losses(), lesson.weights * (1 / batch))
             _, factor = clip_gradients(optimizer, network, settings.clip)
             for each in learners:
                 each.step(settings, factor)
@@ -286,7 +287,7 @@ def upstream_training(config: UNetConfig, batch: int) -> Build:
 
         def call() -> None:
             network.zero_grad(set_to_none=True)
-            (lesson.loss() * 2.0**20).backward()  # type: ignore[no-untyped-call]
+            (lesson.losses().mean() * 2.0**20).backward()  # type: ignore[no-untyped-call]
             model_grads_to_master_grads(groups, masters)
             for master in masters:
                 if master.grad is not None:

@@ -38,7 +38,7 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_
         table = _kept_frequencies
     angles = timesteps[:, None].float() * table(channels // 2, max_period, timesteps.device)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-    return F.pad(embedding, (0, channels % 2))
+    return F.pad(embedding, (0, 1)) if channels % 2 else embedding
 
 
 def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:

@@ -20,20 +20,27 @@ def composed(x: Tensor, kind: int) -> Tensor:
     return (x * torch.sigmoid(reference.QUICK_GELU_SLOPE * x)).contiguous()
 
 
-def composed_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
-    """The gradient by PyTorch's own."""
+def composed_backward(grad: Tensor, x: Tensor, kind: int, sums: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient by PyTorch's own, and its sums."""
+    grad_x: Tensor
     if kind == reference.ACTIVATION_GELU:
-        return torch.ops.aten.gelu_backward(grad, x).contiguous()  # type: ignore[no-any-return]
-    steep = reference.QUICK_GELU_SLOPE * x
-    return torch.ops.aten.silu_backward(grad, steep).contiguous()  # type: ignore[no-any-return]
+        grad_x = torch.ops.aten.gelu_backward(grad, x).contiguous()
+    else:
+        grad_x = torch.ops.aten.silu_backward(grad, reference.QUICK_GELU_SLOPE * x).contiguous()
+    return grad_x, reference.column_sums(grad_x, -1, sums)
 
 
 def _fake_forward(x: Tensor, kind: int) -> Tensor:  # noqa: ARG001 (a fake has the op's signature)
     return x.new_empty(x.shape)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape)
+def _fake_backward(
+    grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
+    x: Tensor,
+    kind: int,  # noqa: ARG001
+    sums: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((sums, x.shape[-1]) if sums else 0)
 
 
 FORWARD = define(
@@ -41,7 +48,7 @@ FORWARD = define(
 )
 BACKWARD = define(
     "activation_backward",
-    "(Tensor grad, Tensor x, int kind) -> Tensor",
+    "(Tensor grad, Tensor x, int kind, int sums=0) -> (Tensor, Tensor)",
     reference.activation_backward,
     _fake_backward,
     default=composed_backward,

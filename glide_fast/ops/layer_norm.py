@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glide_fast.ops import reference
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 
 
@@ -52,10 +52,12 @@ def _fake_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = weight.shape if needs_weight else 0
     grad_x = x.new_empty(x.shape if needs_x else 0)
-    return grad_x, weight.new_empty(parameters), weight.new_empty(parameters)
+    columns = x.new_empty((sums, x.shape[-1]) if sums and needs_x else 0)
+    return grad_x, weight.new_empty(parameters), weight.new_empty(parameters), columns
 
 
 FORWARD = define(
@@ -68,7 +70,7 @@ FORWARD = define(
 BACKWARD = define(
     "layer_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_x, bool needs_weight,"
-    " Tensor? summand=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor? summand=None, int sums=0) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.layer_norm_backward,
     _fake_backward,
 )
@@ -93,7 +95,10 @@ class _LayerNorm(torch.autograd.Function):
         if grad is None:
             return None, beside, None, None, None
         _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        gradients = BACKWARD(grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias, beside)
+        saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked no more than that
+        sums = column_sums.wanted("layer_norm_backward", saved[0]) if needs_x else 0
+        *gradients, columns = BACKWARD(grad, *saved, needs_x, needs_weight or needs_bias, beside, sums)
+        column_sums.remember(gradients[0], -1, columns)
         needed = zip(gradients, (needs_x, needs_weight, needs_bias), strict=True)
         return None, *(gradient if needs else None for gradient, needs in needed), None
 

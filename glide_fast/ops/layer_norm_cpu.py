@@ -43,10 +43,13 @@ def layer_norm_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `layer_norm_backward`."""
     if not _is_served(x, weight):
-        return reference.layer_norm_backward(grad, x, weight, mean, rstd, needs_x, needs_weight, summand)
+        return reference.layer_norm_backward(
+            grad, x, weight, mean, rstd, needs_x, needs_weight, summand, sums
+        )
     rows, channels = _rows(x), len(weight)
     grad_x = memory.empty(rows.shape, (channels, 1)) if needs_x else None
     gradients = [rows.new_empty(channels) if needs_weight else None for _ in range(2)]
@@ -64,11 +67,10 @@ def layer_norm_backward(
     grad_weight, grad_bias = (
         reference.nothing(weight) if each is None else each.to(weight.dtype) for each in gradients
     )
-    return (
-        reference.nothing(x) if grad_x is None else grad_x.view(x.shape).to(x.dtype),
-        grad_weight,
-        grad_bias,
-    )
+    if grad_x is None:
+        return reference.nothing(x), grad_weight, grad_bias, reference.nothing(x)
+    result = grad_x.view(x.shape).to(x.dtype)
+    return result, grad_weight, grad_bias, reference.column_sums(result, -1, sums)
 
 
 def register() -> None:

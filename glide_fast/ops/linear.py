@@ -124,7 +124,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
         x, weight, before = ctx.saved_tensors
-        inner = grad if before is None else activations.BACKWARD(grad, before, ctx.kind)
+        inner = grad
+        if before is not None:
+            sums = min(1, column_sums.wanted("activation_backward", before)) if needs_bias else 0
+            inner, columns = activations.BACKWARD(grad, before, ctx.kind, sums)
+            column_sums.remember(inner, -1, columns)
         grad_x, grad_weight = BACKWARD(inner, x, weight, needs_x, needs_weight)
         return (
             None,

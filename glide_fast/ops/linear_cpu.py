@@ -96,13 +96,13 @@ def activation(x: Tensor, kind: int) -> Tensor:
     return output
 
 
-def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
+def activation_backward(grad: Tensor, x: Tensor, kind: int, sums: int = 0) -> tuple[Tensor, Tensor]:
     """The op `activation_backward`."""
     if not _is_served(grad, x):
-        return activations.composed_backward(grad, x, kind)
+        return activations.composed_backward(grad, x, kind, sums)
     output = memory.empty(x.shape, _dense_strides(x.shape))
     _OPS.activate_backward(grad.contiguous(), x.contiguous(), kind, output)
-    return output
+    return output, reference.column_sums(output, -1, sums)
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glide_fast.ops import reference
+from glide_fast.ops import column_sums, reference
 from glide_fast.ops.attention import BACKWARD as BACKWARD_OF_PARTS
 from glide_fast.ops.attention import FORWARD, attention, check
 from glide_fast.ops.dispatch import define, needs_gradient
@@ -46,7 +46,7 @@ def _together(gradients: tuple[Tensor, ...], by_head: bool) -> Tensor:
     return torch.stack(gradients, dim=3 if by_head else 2).flatten(2)
 
 
-def _by_parts(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _by_parts(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The op by a backward pass of attention, whose gradients are put together."""
 
     def projected_attention_backward(
@@ -57,9 +57,11 @@ def _by_parts(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tenso
         log_sum: Tensor,
         heads: int,
         by_head: bool,
-    ) -> tuple[Tensor, Tensor]:
+        sums: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         found = backward(grad, *views_of(projection, text, heads, by_head), output, log_sum)
-        return _gradients(found, projection, text, by_head)
+        gradients = _gradients(found, projection, text, by_head)
+        return *gradients, reference.column_sums(gradients[0], -1, sums)
 
     return projected_attention_backward
 
@@ -79,14 +81,17 @@ def _fake_backward(
     log_sum: Tensor,  # noqa: ARG001
     heads: int,  # noqa: ARG001
     by_head: bool,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return projection.new_empty(projection.shape), projection.new_empty(0 if text is None else text.shape)
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_text = projection.new_empty(0 if text is None else text.shape)
+    columns = projection.new_empty((sums, projection.shape[2]) if sums else 0)
+    return projection.new_empty(projection.shape), of_text, columns
 
 
 BACKWARD = define(
     "projected_attention_backward",
-    "(Tensor grad, Tensor projection, Tensor? text, Tensor output, Tensor log_sum, int heads, bool by_head)"
-    " -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor projection, Tensor? text, Tensor output, Tensor log_sum, int heads, bool by_head,"
+    " int sums=0) -> (Tensor, Tensor, Tensor)",
     _by_parts(reference.attention_backward),
     _fake_backward,
     default=_by_parts(BACKWARD_OF_PARTS),
@@ -106,7 +111,9 @@ class _ProjectedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked no more than that
-        gradients = BACKWARD(grad, *saved, *ctx.layout)
+        sums = min(1, column_sums.wanted("projected_attention_backward", saved[0]))  # of one layer's bias
+        gradients = BACKWARD(grad, *saved, *ctx.layout, sums)
+        column_sums.remember(gradients[0], -1, gradients[2])
         return gradients[0], None if saved[1] is None else gradients[1], None, None
 
 

@@ -22,6 +22,11 @@ _AVERAGE_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
     4: F.avg_pool2d,
     5: F.avg_pool3d,
 }
+_SUM_POOL: dict[int, Callable[[Tensor], Tensor]] = {
+    3: lambda grad: 2 * F.avg_pool1d(grad, 2),  # which knows no divisor
+    4: lambda grad: F.avg_pool2d(grad, 2, divisor_override=1),
+    5: lambda grad: F.avg_pool3d(grad, 2, divisor_override=1),
+}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -70,9 +75,8 @@ def resample(y: Tensor, mode: int) -> Tensor:
 
 def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
     """Adjoint of `resample` for an input whose space is `space`."""
-    parts = 2 ** len(space)
     if mode == RESAMPLE_UP:
-        grad = _AVERAGE_POOL[grad.ndim](grad, 2) * parts
+        grad = _SUM_POOL[grad.ndim](grad)
     if mode == RESAMPLE_DOWN:
         for dim, size in enumerate(space, start=2):
             grad = grad.repeat_interleave(2, dim=dim)
@@ -80,7 +84,7 @@ def resample_backward(grad: Tensor, mode: int, space: torch.Size) -> Tensor:
                 last = list(grad.shape)
                 last[dim] = 1
                 grad = torch.cat([grad, grad.new_zeros(last)], dim=dim)
-        grad = grad / parts
+        grad = grad / 2 ** len(space)
     return grad
 
 
@@ -239,8 +243,9 @@ def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
     if not copies:
         return nothing(gradient)
     others = [each for each in range(gradient.ndim) if each != dim % gradient.ndim]
-    total = gradient.to(compute_dtype(gradient.dtype)).sum(others).to(gradient.dtype)
-    return total.repeat(copies, 1)
+    wide = gradient.to(compute_dtype(gradient.dtype))
+    total = wide.sum(others) if others else wide  # no dimensions would stand for all
+    return total.to(gradient.dtype).repeat(copies, 1)
 
 
 def plus(tensor: Tensor, summand: Tensor | None) -> Tensor:
@@ -326,21 +331,26 @@ def layer_norm_backward(
     needs_x: bool,
     needs_weight: bool,
     summand: Tensor | None = None,  # like x
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand``), weight and bias; empty where not needed."""
+    sums: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (plus ``summand``), weight and bias, and ``sums`` copies of the first one's column sums.
+
+    Those that are not needed are empty.
+    """
     dtype = mean.dtype
     wide = grad.to(dtype)
     normal = (x.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    grad_x, grad_weight, grad_bias = nothing(x), nothing(weight), nothing(weight)
+    grad_x, grad_weight, grad_bias, columns = nothing(x), nothing(weight), nothing(weight), nothing(x)
     if needs_x:
         inner = wide * weight.to(dtype)
         inner = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
         grad_x = plus(inner * rstd.unsqueeze(-1), summand).to(x.dtype).contiguous()
+        columns = column_sums(grad_x, -1, sums)
     if needs_weight:
         channels = len(weight)
         grad_weight = (wide * normal).reshape(-1, channels).sum(0).to(weight.dtype)
         grad_bias = wide.reshape(-1, channels).sum(0).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias, columns
 
 
 def activation(x: Tensor, kind: int) -> Tensor:
@@ -350,8 +360,8 @@ def activation(x: Tensor, kind: int) -> Tensor:
     return y.to(x.dtype).contiguous()
 
 
-def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
-    """The gradient of the activation's input."""
+def activation_backward(grad: Tensor, x: Tensor, kind: int, sums: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient of the activation's input [..., C], and copies of its sums [n, C]."""
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if kind == ACTIVATION_GELU:
@@ -360,7 +370,8 @@ def activation_backward(grad: Tensor, x: Tensor, kind: int) -> Tensor:
     else:
         sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * wide)
         slope = sigmoid * (1 + QUICK_GELU_SLOPE * wide * (1 - sigmoid))
-    return (grad.to(dtype) * slope).to(x.dtype).contiguous()
+    grad_x = (grad.to(dtype) * slope).to(x.dtype).contiguous()
+    return grad_x, column_sums(grad_x, -1, sums)
 
 
 def linear(

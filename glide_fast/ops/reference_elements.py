@@ -12,6 +12,7 @@ from torch import Tensor
 from glide_fast.ops.reference import compute_dtype, memory_format, per_channel
 
 DEVIATION_TABLE, DEVIATION_LEARNED = 0, 1
+NEVER_ZERO = 1e-6  # added to a norm that is divided by, as torch.nn.utils.clip_grad_norm_ does
 DIRECTION_X, DIRECTION_NOISE, DIRECTION_OUTPUT = 0, 1, 2
 
 
@@ -91,7 +92,12 @@ def adamw(
         torch._foreach_copy_(copies, parameters)
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
+def gradient_norm(gradients: list[Tensor], limit: float, scale: float) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients together, divided by ``scale``, and the factor that clips them."""
+    return clip_factor(norm_of(gradients), limit, scale)
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
     """The norm of all gradients together, float32 []; their dtypes may differ."""
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(each.dtype for each in gradients):
@@ -100,6 +106,14 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
         norms += [each.float() for each in wide]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def clip_factor(norm: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
+    """The norm divided by ``scale``, and what clips gradients to ``limit`` and divides them likewise."""
+    if scale != 1:
+        norm = norm / scale
+    factor = (limit / (norm + NEVER_ZERO)).clamp(max=1)
+    return norm, factor if scale == 1 else factor / scale
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:

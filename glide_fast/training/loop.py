@@ -155,7 +155,7 @@ class Trainer:
         for rows in self._parts(len(t)):
             with gradient_exchange(self.shared, last=rows.stop == len(t)), self.working.lent():
                 losses = self._loss(batch.part(rows), t[rows], noise[rows])
-                torch.autograd.backward(self._objective(losses["loss"], weights[rows]))
+                torch.autograd.backward(losses["loss"], self._slopes(weights[rows]))
             parts.append({name: loss.detach() for name, loss in losses.items()})
         return {name: self.world.gather(torch.cat([each[name] for each in parts])) for name in parts[0]}
 
@@ -164,10 +164,10 @@ class Trainer:
         size = rows // self.config.accumulate
         return [slice(start, start + size) for start in range(0, rows, size)]
 
-    def _objective(self, losses: Tensor, weights: Tensor) -> Tensor:
-        """What is differentiated of losses [B] and the weights of their timesteps [B]."""
+    def _slopes(self, weights: Tensor) -> Tensor:
+        """The gradient of what is minimised by the losses [B], from the weights of their timesteps [B]."""
         share = self.config.batch / self.world.size  # gradients are averaged over the processes
-        return (losses * weights).sum().div(share).mul(self.state.scale.value)
+        return weights * (self.state.scale.value / share)
 
     def _loss(self, batch: Batch, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         return self.task.loss(self.shared, batch, t, noise)
@@ -175,7 +175,7 @@ class Trainer:
     def _stop(self, batch: Batch, t: Tensor, noise: Tensor, weights: Tensor) -> NoReturn:
         def objective(rows: slice) -> Tensor:
             losses = self._loss(batch.part(rows), t[rows], noise[rows])
-            return self._objective(losses["loss"], weights[rows])
+            return (losses["loss"] * self._slopes(weights[rows])).sum()
 
         losses = [partial(objective, rows) for rows in self._parts(len(t))]
         findings = self.world.objects(look_at_outputs(self.model, losses))

@@ -5,7 +5,7 @@ Both have the same state, so that a run begun with one goes on with the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,6 @@ from glide_fast.training.config import OptimizerConfig
 from glide_fast.training.distributed import own, whole
 from glide_fast.training.ema import ExponentialMovingAverage
 from glide_fast.training.working_weights import WorkingWeights, widen_gradients
-
-_NEVER_ZERO = 1e-6  # added to a norm that is divided by, as torch.nn.utils.clip_grad_norm_ does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,18 +207,10 @@ def clip_gradients(
             scaled = [own(each.grad) for each in parameters if each.grad is not None]
             torch._foreach_mul_(scaled, 1 / scale)
         return whole(torch.nn.utils.clip_grad_norm_(parameters, limit)), None
-    norm = whole(norm_of([each.grad for each in parameters if each.grad is not None]))
-    if scale != 1:
-        norm = norm / scale
-    factor = (limit / (norm + _NEVER_ZERO)).clamp(max=1)
-    return norm, factor if scale == 1 else factor / scale
-
-
-def norm_of(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together, of which some may have 16 bits; sums and result are float32."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
     if any(own(each) is not each for each in gradients):  # shards, whose sums PyTorch gathers
-        return reference_elements.gradient_norm(list(gradients))
-    return ops.gradient_norm(gradients)
+        return reference_elements.clip_factor(whole(reference_elements.norm_of(gradients)), limit, scale)
+    return ops.gradient_norm(gradients, limit, scale=scale)
 
 
 def update(

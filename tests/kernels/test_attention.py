@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glide_fast.kernels import attention as forward
 from glide_fast.kernels import attention_backward as backward
-from glide_fast.kernels import launch
+from glide_fast.kernels import column_sums, configurations, launch
 from glide_fast.models.layers import AttentionBlock
 from glide_fast.ops import AttentionOrder, dispatch, use_reference
 from glide_fast.ops.projected_attention import views_of
@@ -226,10 +226,10 @@ def test_an_attention_block_is_served_in_value_and_gradient() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("text", [None, 5])
+@pytest.mark.parametrize(("text", "sums"), [(None, 1), (5, 1), (5, 0)])
 @pytest.mark.parametrize("order", ["by_head", "by_role"])
 def test_gradients_of_projections_are_written_where_they_lie(
-    order: AttentionOrder, text: int | None, dtype: torch.dtype
+    order: AttentionOrder, text: int | None, sums: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -239,14 +239,49 @@ def test_gradients_of_projections_are_written_where_they_lie(
     inputs = [draw(37, 3), None if text is None else draw(text, 2)]
     output, log_sum = forward.attention(*views_of(*inputs, 3, order == "by_head"))
     grad = draw(37, 1).view(output.shape)
-    found = backward.projected_attention_backward(grad, *inputs, output, log_sum, 3, order == "by_head")
+    layout = 3, order == "by_head", sums
+    found = backward.projected_attention_backward(grad, *inputs, output, log_sum, *layout)
     wide = [value if value is None else value.double() for value in (grad, *inputs, output, log_sum)]
-    exact = dispatch.default("projected_attention_backward")(*wide, 3, order == "by_head")
+    exact = dispatch.default("projected_attention_backward")(*wide, *layout)
     for mine, right in zip(found, exact, strict=True):
         assert mine.dtype is dtype
         assert mine.is_contiguous()
         assert mine.shape == right.shape
         assert not mine.numel() or error(mine, right) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_sums_over_rows_when_tiles_of_queries_are_not_as_many_as_those_of_keys(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = configurations.Configuration(rows, columns, 4, 1)
+    monkeypatch.setattr(backward, "run", lambda _name, _device, _bits, _dim, start: start(cut))
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 16, 70, 128):
+        projection = torch.randn(2, length, 2 * 3 * 20, generator=generator).to(DEVICE)
+        output, log_sum = forward.attention(*views_of(projection, None, 2, True))
+        grad = torch.randn(output.shape, generator=generator).to(DEVICE)
+        arguments = grad, projection, None, output, log_sum
+        *_, sums = backward.projected_attention_backward(*arguments, 2, True, 1)
+        wide = [value if value is None else value.double() for value in arguments]
+        exact = dispatch.default("projected_attention_backward")(*wide, 2, True, 1)[2]
+        assert sums.shape == exact.shape == (1, 120)
+        # Those of keys are zero but for rounding: what is added to all keys changes no share.
+        assert float((sums.double() - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70, 33), (300, 32), (2, 0, 5)], ids=str)
+def test_parts_are_added_up(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    parts = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for copies in (0, 1, 3):
+        sums = column_sums.totals(parts, copies, dtype)
+        assert (sums.shape, sums.dtype) == ((copies, shape[-1]) if copies else (0,), dtype)
+        exact = parts.double().flatten(0, -2).sum(0)
+        for each in sums:
+            limit = torch.finfo(dtype).eps * float(parts.abs().sum() + 1) / shape[-1]
+            torch.testing.assert_close(each.double(), exact, rtol=torch.finfo(dtype).eps, atol=limit)
 
 
 def test_projections_that_the_kernels_do_not_cover_and_texts_of_no_positions() -> None:
@@ -256,7 +291,7 @@ def test_projections_that_the_kernels_do_not_cover_and_texts_of_no_positions() -
             for length, width in ((9, 48), (text, 32))
         ]
         output, log_sum = dispatch.default("attention")(*views_of(*inputs, 2, True))
-        arguments = output, *inputs, output, log_sum, 2, True
+        arguments = output, *inputs, output, log_sum, 2, True, 1
         found = backward.projected_attention_backward(*arguments)
         exact = dispatch.default("projected_attention_backward")(*arguments)
         for mine, right in zip(found, exact, strict=True):
@@ -289,22 +324,30 @@ def test_a_launch_compiles_to_what_the_listed_cases_compile_to() -> None:
 
 
 def test_the_machine_code_keeps_to_its_budget() -> None:
-    ahead, back, old, old_back = compile_cases(
-        [(module, target, name) for target in ("sm_90", "sm_80") for module, name in (ATTENTION, BACKWARD)]
+    ahead, back, old, old_back, summed, old_summed = compile_cases(
+        [
+            *(
+                (module, target, name)
+                for target in ("sm_90", "sm_80")
+                for module, name in (ATTENTION, BACKWARD)
+            ),
+            *((BACKWARD[0], target, f"{BACKWARD[1]} and sums") for target in ("sm_90", "sm_80")),
+        ]
     )
-    assert all(row["spills"] == 0 for row in (ahead, back, old, old_back))
+    assert all(row["spills"] == 0 for row in (ahead, back, old, old_back, summed, old_summed))
     assert ahead["registers"] <= 110
     assert ahead["shared"] <= 56 * 1024
     assert ahead["blocks"] >= 3
     assert ahead["occupancy"] >= 0.19
-    assert back["registers"] <= 192
-    assert back["shared"] <= 33 * 1024
-    assert back["blocks"] >= 2
-    for row in (ahead, back):
+    for row in (back, summed):
+        assert row["registers"] <= 192
+        assert row["shared"] <= 33 * 1024
+        assert row["blocks"] >= 2
+    for row in (ahead, back, summed):
         assert row["warpgroup"] > 0
         assert row["tma"] > 0
         assert row["wide_stores"] > 0
-    for row in (old, old_back):
+    for row in (old, old_back, old_summed):
         assert row["tensor_core"] > 0
         assert row["wide_loads"] > 0
         assert row["blocks"] >= 2

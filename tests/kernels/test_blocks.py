@@ -136,6 +136,8 @@ def test_no_gradient_is_read_again_for_its_bias(monkeypatch: pytest.MonkeyPatch)
     compare(chain, draw(2, 8, 6, 4), draw(2, 16))
 
 
-def test_transformers_blocks_learn_alike() -> None:
+@pytest.mark.parametrize("copies", [0, 2])
+def test_transformers_blocks_learn_alike(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x: copies)
     compare(filled(TransformerBlock(32, 2)), draw(2, 7, 32))
     compare(filled(ClipBlock(32, 2, causal=False)), draw(2, 7, 32))

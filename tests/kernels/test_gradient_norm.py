@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glide_fast.kernels import gradient_norm as kernel
+from glide_fast.ops.reference_elements import clip_factor, gradient_norm
 from tests.kernels.interpreter import DEVICE, environment
 
 SHAPES = ((33, 31), (7,), (), (2048,), (2, 3, 17, 17), (0, 4), (2049,), (kernel.RUN + 5,))
@@ -23,10 +24,12 @@ def draw(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def assert_exact(gradients: list[Tensor]) -> None:
-    found = kernel.gradient_norm(gradients)
     expected = torch.cat([each.double().flatten() for each in gradients]).norm()
-    assert (found.shape, found.dtype) == ((), torch.float32)
-    assert abs(float(found) - float(expected)) <= TOLERANCE * float(expected)
+    for limit, scale in ((1.0, 1.0), (1e9, 1.0), (0.3, 1024.0), (1e9, 8.0)):
+        numbers = kernel.gradient_norm(gradients, limit, scale)
+        for found, exact in zip(numbers, clip_factor(expected, limit, scale), strict=True):
+            assert (found.shape, found.dtype) == ((), torch.float32)
+            assert abs(float(found) - float(exact)) <= TOLERANCE * float(exact)
 
 
 @pytest.mark.parametrize("dtype", kernel.KINDS, ids=str)
@@ -54,17 +57,26 @@ def test_views_and_other_layouts_are_exact() -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_number_that_is_none_is_seen(value: float) -> None:
-    assert not kernel.gradient_norm([*draw(), torch.tensor([value], device=DEVICE)]).isfinite()
+    gradients = [*draw(), torch.tensor([value], device=DEVICE)]
+    norm, factor = kernel.gradient_norm(gradients, 1.0, 1.0)
+    assert not norm.isfinite()
+    torch.testing.assert_close(factor, gradient_norm(gradients, 1.0, 1.0)[1], equal_nan=True)
 
 
 def test_the_same_gradients_have_the_same_norm() -> None:
-    assert torch.equal(kernel.gradient_norm(draw()), kernel.gradient_norm(draw()))
+    first, second = (kernel.gradient_norm(draw(), 1.0, 1.0) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_gradients_of_zeros_are_not_clipped() -> None:
+    norm, factor = kernel.gradient_norm([torch.zeros(9, device=DEVICE)], 1.0, 1.0)
+    assert (float(norm), float(factor)) == (0, 1)
 
 
 def test_what_the_kernels_do_not_take_is_computed_all_the_same() -> None:
-    assert kernel.gradient_norm([torch.zeros(0, 3, device=DEVICE)]) == 0
+    assert kernel.gradient_norm([torch.zeros(0, 3, device=DEVICE)], 1.0, 1.0)[0] == 0
     mixed = [torch.full((4,), 3.0, dtype=torch.float64, device=DEVICE), torch.full((4,), 4.0, device=DEVICE)]
-    assert float(kernel.gradient_norm(mixed)) == 10.0
+    assert [float(each) for each in kernel.gradient_norm(mixed, 8.0, 2.0)] == [5.0, 0.5]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

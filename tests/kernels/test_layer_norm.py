@@ -51,7 +51,8 @@ def assert_norm(x: Tensor, grad: Tensor, dtype: torch.dtype = torch.float32) -> 
         assert error(actual, value) <= 1e-6
     gradients = norms.layer_norm_backward(grad, x, weight, mean, rstd, True, True)
     exact = reference.layer_norm_backward(grad.double(), x.double(), weight.double(), *exact[1:], True, True)
-    for actual, value, like in zip(gradients, exact, (x, weight, bias), strict=True):
+    assert len(gradients[3]) == len(exact[3]) == 0
+    for actual, value, like in zip(gradients[:3], exact[:3], (x, weight, bias), strict=True):
         assert actual.dtype is like.dtype
         assert actual.shape == like.shape
         assert error(actual, value) <= TOLERANCE[like.dtype]
@@ -100,6 +101,33 @@ def test_a_summand_is_added_before_the_one_rounding(shape: tuple[int, ...], dtyp
         assert all(torch.equal(*pair) for pair in zip(found[1:], plain[1:], strict=True))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (3, 7, 33), (2, 1500), (77, 512)], ids=str)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_sums_of_the_rows_that_are_written(
+    copies: int, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "PROGRAMS", 5)  # rounds of rows, the last one not whole
+    x, grad, weight = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).cos(), draw(shape[-1])
+    _, *statistics = norms.layer_norm(x, weight, weight, EPS)
+    exact = reference.layer_norm(x.double(), weight.double(), weight.double(), EPS)[1:]
+    wide = [each.double() for each in (grad, x, weight)]
+    for summand in (None, draw(*shape, dtype=dtype).sin()):
+        plain = norms.layer_norm_backward(grad, x, weight, *statistics, True, True, summand)
+        for needs_weight in (True, False):
+            *gradients, sums = norms.layer_norm_backward(
+                grad, x, weight, *statistics, True, needs_weight, summand, copies
+            )
+            added = None if summand is None else summand.double()
+            expected = reference.layer_norm_backward(*wide, *exact, True, needs_weight, added, copies)[3]
+            assert (sums.dtype, sums.shape) == (dtype, (copies, shape[-1]))
+            assert (sums == sums[0]).all()
+            assert error(sums, expected) <= TOLERANCE[dtype]
+            assert torch.equal(gradients[0], plain[0])
+            if needs_weight:
+                assert all(torch.equal(*pair) for pair in zip(gradients[1:], plain[1:3], strict=True))
+
+
 def test_rows_beyond_one_round_of_programs_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "PROGRAMS", 3)
     assert_norm(draw(500, 24), draw(500, 24))
@@ -118,19 +146,23 @@ def test_only_what_is_needed_is_computed() -> None:
     everything = norms.layer_norm_backward(x, x, weight, mean, rstd, True, True)
     dx, *nothing = norms.layer_norm_backward(x, x, weight, mean, rstd, True, False)
     assert torch.equal(dx, everything[0])
-    assert [len(each) for each in nothing] == [0, 0]
-    none, *parameters = norms.layer_norm_backward(x, x, weight, mean, rstd, False, True)
+    assert [len(each) for each in nothing] == [0, 0, 0]
+    none, *parameters = norms.layer_norm_backward(x, x, weight, mean, rstd, False, True, None, 2)
     assert len(none) == 0
+    assert parameters[-1].shape == (0,)
     assert all(torch.equal(*pair) for pair in zip(parameters, everything[1:], strict=True))
 
 
 def test_an_empty_batch_gives_zero_parameter_gradients() -> None:
     x, weight = draw(0, 7, 24), draw(24)
     y, mean, rstd = norms.layer_norm(x, weight, weight, EPS)
-    dx, grad_weight, grad_bias = norms.layer_norm_backward(x, x, weight, mean, rstd, True, True)
+    dx, grad_weight, grad_bias, sums = norms.layer_norm_backward(
+        x, x, weight, mean, rstd, True, True, None, 2
+    )
     assert y.shape == dx.shape == (0, 7, 24)
     assert not grad_weight.any()
     assert not grad_bias.any()
+    assert torch.equal(sums, torch.zeros(2, 24, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +172,8 @@ def test_float64_is_left_to_the_default(wide: torch.dtype, parameter: torch.dtyp
     x, weight = draw(3, 24).to(wide), draw(24).to(parameter)
     y, mean, rstd = norms.layer_norm(x, weight, weight, EPS)
     assert mean.dtype is torch.float64
-    gradients = norms.layer_norm_backward(x, x, weight, mean, rstd, True, True)
-    expected = reference.layer_norm_backward(x, x, weight, mean, rstd, True, True)
+    gradients = norms.layer_norm_backward(x, x, weight, mean, rstd, True, True, None, 2)
+    expected = reference.layer_norm_backward(x, x, weight, mean, rstd, True, True, None, 2)
     assert error(y, reference.layer_norm(x, weight, weight, EPS)[0].double()) <= 1e-12
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
@@ -151,19 +183,38 @@ def test_float64_is_left_to_the_default(wide: torch.dtype, parameter: torch.dtyp
 @pytest.mark.parametrize("shape", [(3, 7, 33), (2048,)], ids=str)
 def test_activations_are_exact(shape: tuple[int, ...], kind: int, dtype: torch.dtype) -> None:
     x, grad = draw(*shape, dtype=dtype), draw(*shape[::-1], dtype=dtype).reshape(shape)
-    y, dx = activations.activation(x, kind), activations.activation_backward(grad, x, kind)
-    assert y.dtype is dx.dtype is dtype
+    y = activations.activation(x, kind)
+    assert y.dtype is dtype
     assert error(y, reference.activation(x.double(), kind)) <= TOLERANCE[dtype]
-    assert error(dx, reference.activation_backward(grad.double(), x.double(), kind)) <= TOLERANCE[dtype]
+    exact, totals = reference.activation_backward(grad.double(), x.double(), kind, 1)
+    for copies in (0, 1, 2):
+        dx, sums = activations.activation_backward(grad, x, kind, copies)
+        assert dx.dtype is sums.dtype is dtype
+        assert error(dx, exact) <= TOLERANCE[dtype]
+        assert sums.shape == ((copies, shape[-1]) if copies else (0,))
+        assert all(error(each, totals[0]) <= TOLERANCE[dtype] for each in sums)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_activations_of_runs_of_rows_are_summed(
+    rows: int, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "RUNS", 3)
+    x, grad = draw(rows, 300), draw(300, rows).t().contiguous()
+    exact, totals = reference.activation_backward(grad.double(), x.double(), kind, 1)
+    dx, sums = activations.activation_backward(grad, x, kind, 1)
+    assert error(dx, exact) <= 1e-6
+    assert error(sums, totals) <= 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_stay_right_far_from_zero(kind: int) -> None:
     x = torch.tensor([-200.0, -50.0, -8.0, 0.0, 8.0, 50.0, 200.0], device=DEVICE)
-    y, dx = activations.activation(x, kind), activations.activation_backward(torch.ones_like(x), x, kind)
+    y, dx = activations.activation(x, kind), activations.activation_backward(torch.ones_like(x), x, kind)[0]
     exact = reference.activation(x.double(), kind)
-    slope = reference.activation_backward(torch.ones_like(x).double(), x.double(), kind)
+    slope, _ = reference.activation_backward(torch.ones_like(x).double(), x.double(), kind)
     torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(dx.double(), slope, rtol=1e-6, atol=1e-6)
 
@@ -171,15 +222,19 @@ def test_activations_stay_right_far_from_zero(kind: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_nothing_strides_and_float64(kind: int) -> None:
     assert activations.activation(draw(0, 5), kind).shape == (0, 5)
+    dx, sums = activations.activation_backward(draw(0, 5), draw(0, 5), kind, 1)
+    assert dx.shape == (0, 5)
+    assert torch.equal(sums, torch.zeros(1, 5, device=DEVICE))
+    one = torch.ones((), device=DEVICE)
+    assert activations.activation_backward(one, one, kind)[0].shape == ()
     x = draw(6, 9).t()
     y = activations.activation(x, kind)
     assert y.is_contiguous()
     assert torch.equal(y, activations.activation(x.contiguous(), kind))
-    assert torch.equal(
-        activations.activation_backward(x, x, kind), activations.activation_backward(x.contiguous(), x, kind)
-    )
+    dense = x.contiguous()
+    assert torch.equal(*(activations.activation_backward(each, x, kind)[0] for each in (x, dense)))
     assert activations.activation(x.double(), kind).dtype is torch.float64
-    assert activations.activation_backward(x.double(), x.double(), kind).dtype is torch.float64
+    assert activations.activation_backward(x.double(), x.double(), kind)[0].dtype is torch.float64
 
 
 def test_resources_hold_to_the_budget() -> None:
@@ -187,8 +242,12 @@ def test_resources_hold_to_the_budget() -> None:
         ("layer_norm", "sm_90", "layer_norm forward 154x768"),
         ("layer_norm", "sm_90", "layer_norm backward 154x768"),
         ("layer_norm", "sm_90", "layer_norm parameters 154x768"),
+        ("layer_norm", "sm_90", "layer_norm backward and sums 256x512"),
+        ("layer_norm", "sm_80", "layer_norm backward and sums 514x1024"),
+        ("layer_norm", "sm_90", "layer_norm parameters and sums 154x768"),
         ("activation", "sm_90", "activation gelu"),
         ("activation", "sm_80", "activation quick_gelu backward"),
+        ("activation", "sm_90", "activation gelu backward and sums"),
     ]
     for row in compile_cases(wanted):
         assert row["spills"] == 0, row

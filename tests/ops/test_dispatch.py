@@ -90,7 +90,7 @@ def test_use_reference_serves_forward_and_backward_of_every_op(calls: Counter[st
         norm_convolution(x, weight).sum().backward()
         linear(x, torch.randn(2, 5), activation="gelu").sum().backward()
         layer_norm(x, torch.ones(5), torch.zeros(5)).sum().backward()
-        gradient_norm([x.detach()])
+        gradient_norm([x.detach()], 1.0)
         losses = hybrid_loss(*hybrid_loss_cases.draw((1, 3, 4, 4)))
         torch.ops.glide_fast.hybrid_loss_backward(*losses, *hybrid_loss_cases.draw((1, 3, 4, 4)))
         causal_attention(*torch.randn(3, 1, 4, 2, 8))

@@ -161,7 +161,9 @@ def test_opcheck_of_linear(rows: int, dtype: torch.dtype) -> None:
 def test_opcheck_of_the_activations(dtype: torch.dtype, kind: int) -> None:
     x = torch.randn(2, 3, 5, dtype=dtype).transpose(0, 1)
     torch.library.opcheck(torch.ops.glide_fast.activation.default, (x, kind))
-    torch.library.opcheck(torch.ops.glide_fast.activation_backward.default, (torch.randn_like(x), x, kind))
+    for more in ((), (1,)):
+        arguments = torch.randn_like(x), x, kind, *more
+        torch.library.opcheck(torch.ops.glide_fast.activation_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,8 +175,8 @@ def test_opcheck_of_layer_norm(dtype: torch.dtype) -> None:
     for needs in ((True, True), (False, True), (True, False)):
         arguments = (torch.randn_like(output), x, parameters[0], *statistics, *needs)
         torch.library.opcheck(torch.ops.glide_fast.layer_norm_backward.default, arguments)
-        arguments = (*arguments, torch.randn_like(x))
-        torch.library.opcheck(torch.ops.glide_fast.layer_norm_backward.default, arguments)
+        for more in ((torch.randn_like(x),), (None, 2)):
+            torch.library.opcheck(torch.ops.glide_fast.layer_norm_backward.default, (*arguments, *more))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

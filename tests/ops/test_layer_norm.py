@@ -148,6 +148,31 @@ def test_a_summand_is_added_before_the_one_rounding(dtype: torch.dtype) -> None:
             torch.testing.assert_close(found, backward(grad, *given, summand), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 96), (7, 5), (0, 6)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_the_sums_of_the_gradients_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, _ = (each.detach() for each in draw(shape))
+    x, grad = x.to(dtype), x.sin().to(dtype)
+    _, mean, rstd = torch.ops.glide_fast.layer_norm(x, weight, weight, 1e-5)
+    backward = torch.ops.glide_fast.layer_norm_backward
+    for summand in (None, x.cos()):
+        plain = backward(grad, x, weight, mean, rstd, True, True, summand)
+        assert plain[3].shape == (0,)
+        given = x.double(), weight.double(), mean.double(), rstd.double(), True, True
+        wide = backward(grad.double(), *given, summand if summand is None else summand.double())[0]
+        exact = wide.flatten(0, -2).sum(0)
+        for _ in range(2):
+            *gradients, sums = backward(grad, x, weight, mean, rstd, True, True, summand, 2)
+            assert (sums.shape, sums.dtype) == ((2, shape[-1]), dtype)
+            assert torch.equal(sums[0], sums[1])
+            eps = torch.finfo(dtype).eps
+            rounding = 10 * eps * float(wide.abs().sum(0).max()) if wide.numel() else 0
+            torch.testing.assert_close(sums[0].double(), exact, rtol=eps, atol=rounding)
+            assert all(torch.equal(*pair) for pair in zip(gradients, plain[:3], strict=True))
+    assert backward(grad, x, weight, mean, rstd, False, True, None, 2)[3].shape == (0,)
+
+
 def test_x_beside_its_norm_without_gradients_is_x_itself() -> None:
     x, weight, bias = draw((4, 6))
     for given in (x.detach(), x):

@@ -72,13 +72,30 @@ def test_one_of_both_may_need_a_gradient_and_a_batch_may_be_empty() -> None:
         assert each.shape[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", [None, 5])
+def test_the_sums_of_the_gradients_rows(text: int | None, dtype: torch.dtype) -> None:
+    projection, words = (None if each is None else each.detach().to(dtype) for each in projections(text))
+    output, log_sum = torch.ops.glide_fast.attention(*views_of(projection, words, HEADS, True))
+    arguments = output.cos(), projection, words, output, log_sum, HEADS, True
+    backward = torch.ops.glide_fast.projected_attention_backward
+    plain, found = backward(*arguments), backward(*arguments, 1)
+    assert plain[2].shape == (0,)
+    assert all(torch.equal(*pair) for pair in zip(plain[:2], found[:2], strict=True))
+    assert found[2].dtype is dtype
+    torch.testing.assert_close(found[2], plain[0].flatten(0, 1).sum(0, keepdim=True), atol=1e-2, rtol=1e-2)
+    with ops.use_reference():
+        torch.testing.assert_close(found, backward(*arguments, 1), atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("text", [None, 5])
 def test_opcheck(text: int | None) -> None:
     projection, words = (None if each is None else each.detach() for each in projections(text))
     views = views_of(projection, words, HEADS, True)
     output, log_sum = torch.ops.glide_fast.attention(*views)
     arguments = output, projection, words, output, log_sum, HEADS, True
-    torch.library.opcheck(torch.ops.glide_fast.projected_attention_backward.default, arguments)
+    for more in ((), (1,)):
+        torch.library.opcheck(torch.ops.glide_fast.projected_attention_backward.default, arguments + more)
 
 
 def test_errors_name_the_value_the_rule_and_the_fix() -> None:

@@ -57,8 +57,8 @@ def test_small_gradients_vanish_without_a_scale(pictures: Path, tmp_path: Path) 
     def gradient(name: str, **changes: Any) -> Tensor:
         config = tiny_config(pictures, optimizer=OptimizerConfig(clip=1e9), **changes)
         trainer = awake(Trainer(config, tmp_path / name))
-        objective = trainer._objective
-        trainer._objective = lambda losses, weights: objective(losses, weights) / 1e5  # type: ignore[method-assign]
+        slopes = trainer._slopes
+        trainer._slopes = lambda weights: slopes(weights) / 1e5  # type: ignore[method-assign]
         trainer.step()
         found = trainer.model.get_parameter("input_blocks.0.0.weight").grad
         assert found is not None

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glide_fast import ops
 from glide_fast.training import loop
 from glide_fast.training.config import OptimizerConfig, TrainConfig
 from glide_fast.training.distributed import World
 from glide_fast.training.loop import Trainer
-from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients, norm_of, update
+from glide_fast.training.optimizer import OneLaunchAdamW, clip_gradients, update
 from glide_fast.training.working_weights import WorkingWeights, converted_names, widen_gradients
 from tests.training.tiny import TASKS, assert_identical, awake, snapshot, tiny_config
 
@@ -179,10 +180,10 @@ def test_the_norm_of_16_bit_gradients_is_summed_in_float32(dtype: torch.dtype) -
     narrow = [100 * torch.randn(64, 32).to(dtype), torch.randn(7).to(dtype)]
     every = [*narrow, torch.randn(5)]
     expected = torch.cat([each.double().flatten() for each in every]).norm()
-    found = norm_of(every)
+    found, _ = ops.gradient_norm(every, 1.0)
     assert found.dtype is torch.float32
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    assert not torch.isfinite(norm_of([*every, torch.tensor([torch.inf], dtype=dtype)]))
+    assert not torch.isfinite(ops.gradient_norm([*every, torch.tensor([torch.inf], dtype=dtype)], 1.0)[0])
 
 
 def test_a_step_takes_16_bit_gradients_and_float32_ones_and_writes_copies() -> None:
