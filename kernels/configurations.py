@@ -68,6 +68,7 @@ TABLE: tuple[tuple[str, tuple[str, ...] | None, int | None, int | None, Configur
     ("attention_backward", None, 32, 128, Configuration(16, 16, 4, 1)),
     # rows are pixels, columns channels, the shape class the pixels of a picture
     ("group_norm", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
+    ("group_norm", ("sm_100",), None, None, Configuration(32, 64, 8, 1, registers=64)),
     ("group_norm", None, None, None, Configuration(64, 64, 8, 1, registers=64)),
     ("group_norm_one_pass", ("gfx942",), None, None, Configuration(64, 64, 4, 1)),
     ("group_norm_one_pass", None, None, None, Configuration(64, 64, 8, 1)),  # rows if columns are as many
