@@ -4,7 +4,8 @@ A product by our kernels leaves, beside its output, the moments of each
 channel over each tile of pixels: the norm behind it then reads some numbers a tile in place of the whole
 map, and models need not know. Moments are kept beside the very tensor that they are of, die with it, and
 count only while it is as it was: an operation in place raises its version, and they are forgotten. Outputs
-of our kernels count their versions in inference mode too.
+of our kernels count their versions in inference mode too; those that compiled code asks for have no moments,
+because it writes to them in place without telling.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.group_norm_tiles import Statistics, power_of_two
 from glide_fast.kernels.plan import Launch
 from glide_fast.kernels.product import Moments, cut, runs
+from glide_fast.ops.eager import is_eager
 
 FEWEST_PIXELS = 1025  # of a picture: smaller maps are normalised in one launch, which reads them anyway
 
@@ -41,8 +43,8 @@ def empty(shape: tuple[int, ...], like: Tensor, memory_format: torch.memory_form
 
 
 def remember(output: Tensor, moments: Moments | None) -> None:
-    """Keep the moments of a map [B, K, H, W] or [B, T, K] that nobody has changed yet."""
-    if moments is not None:
+    """Keep the moments of a map [B, K, H, W] or [B, T, K] that nobody has changed yet; in eager code only."""
+    if moments is not None and is_eager():
         _remembered[output] = output._version, moments
 
 

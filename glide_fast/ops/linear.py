@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from glide_fast.ops import activation as activations
 from glide_fast.ops import column_sums, reference
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+from glide_fast.ops.eager import eagerly
 from glide_fast.ops.packed import trained
 
 LinearActivation = Literal["none", "gelu", "quick_gelu"]
@@ -190,5 +191,5 @@ def linear(
             raise ValueError(f"{name} is {each.dtype} but x is {x.dtype}; convert one of them")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(_ACTIVATIONS)}")
-    result: Tensor = FORWARD(x, second, weight, bias, residual, _ACTIVATIONS[activation])
+    result: Tensor = eagerly(FORWARD, x, second, weight, bias, residual, _ACTIVATIONS[activation])
     return result

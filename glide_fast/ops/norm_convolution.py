@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from glide_fast.ops import column_sums, reference
 from glide_fast.ops import group_norm as norm
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
+from glide_fast.ops.eager import eagerly
 from glide_fast.ops.group_norm import Resample
 from glide_fast.ops.packed import trained
 
@@ -386,8 +387,8 @@ def norm_convolution(
         norm.check(weight.shape[1], x, norm_weight, norm_bias, scale, shift, groups)
     elif scale is not None or shift is not None:
         raise ValueError("scale and shift modulate a norm; give norm_weight and norm_bias as well")
-    output: Tensor = FORWARD(
-        x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
+    output: Tensor = eagerly(
+        FORWARD, x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
     )[0]
     return output
 
@@ -421,6 +422,17 @@ def norm_convolution_beside(
     _check(x, None, weight, bias, None, norm.resampled_shape(x, mode))
     norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
     found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
-        FORWARD, x, norm_weight, norm_bias, None, None, groups, eps, mode, weight, bias, None
+        functools.partial(eagerly, FORWARD),
+        x,
+        norm_weight,
+        norm_bias,
+        None,
+        None,
+        groups,
+        eps,
+        mode,
+        weight,
+        bias,
+        None,
     )
     return found[0], found[3], found[4]

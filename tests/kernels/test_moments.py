@@ -10,6 +10,8 @@ from torch import Tensor
 
 from glide_fast.kernels import convolution, convolution_sum, group_norm, moments, norm_convolution
 from glide_fast.ops import chosen, reference
+from glide_fast.ops.eager import eagerly, is_eager
+from glide_fast.ops.norm_convolution import FORWARD
 from tests.kernels import interpreter
 from tests.kernels.products import error, exact_statistics
 
@@ -135,6 +137,17 @@ def test_two_maps_may_be_cut_differently(side: int) -> None:
         right = exact_statistics(torch.cat([first, second], dim=1), 3, EPS)
         assert error(kept.mean, right[0]) <= 2e-6
         assert error(kept.rstd, right[1]) <= 2e-6
+
+
+def test_compiled_code_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "is_eager", is_eager)
+    x, weight = normal(2, 8, 12, 12), normal(16, 8, 3, 3, seed=1) / 8
+    given = x, None, *[None] * 4, 1, EPS, 0, weight, normal(16), None
+    with interpreter.use_kernels():
+        eager, compiled = eagerly(FORWARD, *given)[0], FORWARD(*given)[0]
+    assert torch.equal(eager, compiled)
+    assert moments.recall(eager) is not None
+    assert moments.recall(compiled) is None
 
 
 def test_moments_end_with_their_map() -> None:
