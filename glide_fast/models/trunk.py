@@ -181,9 +181,7 @@ class Trunk(TextConditioned):
     def encode(self, x: Tensor, embedding: Timed, text: Given | None = None) -> list[Tensor]:
         """Every map of the encoder, then that of the middle; ``embedding`` with its SiLU applied."""
         layout = _CHANNELS_LAST.get(self.config.dims, torch.contiguous_format)
-        h = x.to(self.compute_dtype, memory_format=layout).contiguous(
-            memory_format=layout
-        )  # one copy at most
+        h = x.to(self.compute_dtype, memory_format=layout).contiguous(memory_format=layout)  # one copy
         maps = []
         for stage in (*self.input_blocks, self.middle_block):
             h, before = self._with_input(stage, h, embedding, text)
