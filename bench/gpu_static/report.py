@@ -104,7 +104,7 @@ def text(findings: Findings) -> str:
 
 COUNTED = (
     "A call is a call of a library or a kernel of ours; a library's call may be several kernels, which are "
-    "what a GPU sees: PyTorch adds the bias of cuDNN's convolution by a second one, cuDNN makes the gradients "
+    "what a GPU sees: PyTorch adds the bias of cuDNN's convolution by a second one, cuDNN makes gradients "
     "of a convolution's input and weight by two, and PyTorch normalises groups by three. Bytes are those of "
     "inputs and outputs, each once a kernel. Text is encoded before, unless said."
 )
