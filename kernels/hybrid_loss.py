@@ -127,6 +127,16 @@ def surprise_slope(start, mean, low, more):
 
 
 @triton.jit
+def at_elements(outputs, to_value, x_start, x_t, noise, inside, row, span):
+    """The error of the noise, the picture, the difference of means, the mean, the log-variance over `low`."""
+    told = tl.load(outputs, inside, other=0.0).to(tl.float32)
+    value = tl.load(outputs + to_value, inside, other=0.0).to(tl.float32)
+    start, own = tl.load(x_start, inside, other=0.0), tl.load(x_t, inside, other=0.0)
+    distance, mean = difference_of_means(told, start, own, row)
+    return told - tl.load(noise, inside, other=0.0), start, distance, mean, (value + 1) * 0.5 * span
+
+
+@triton.jit
 def hybrid_loss_kernel(
     output, x_start, x_t, noise, t, table, mse, vlb, elements, pixels, channels, runs, mse_share, vlb_share,
     output_row, output_channel, output_pixel, DENSE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -150,12 +160,9 @@ def hybrid_loss_kernel(
             place = index // pixels * output_channel + index % pixels * output_pixel
         here = picture * elements + index
         outputs = output + picture * output_row + place
-        told = tl.load(outputs, inside, other=0.0).to(tl.float32)
-        value = tl.load(outputs + channels * output_channel, inside, other=0.0).to(tl.float32)
-        start, own = tl.load(x_start + here, inside, other=0.0), tl.load(x_t + here, inside, other=0.0)
-        error = told - tl.load(noise + here, inside, other=0.0)
-        distance, mean = difference_of_means(told, start, own, row)
-        more = (value + 1) * 0.5 * span  # than the lower log-variance
+        error, start, distance, mean, more = at_elements(
+            outputs, channels * output_channel, x_start + here, x_t + here, noise + here, inside, row, span
+        )
         squares += error * error
         if step == 0:
             nats += tl.where(inside, surprise(start, mean, low, more), 0.0)
@@ -189,12 +196,9 @@ def hybrid_loss_backward_kernel(
         written = channel * grad_channel + pixel * grad_pixel
     here = picture * elements + index
     outputs = output + picture * output_row + place
-    told = tl.load(outputs, inside, other=0.0).to(tl.float32)
-    value = tl.load(outputs + channels * output_channel, inside, other=0.0).to(tl.float32)
-    start, own = tl.load(x_start + here, inside, other=0.0), tl.load(x_t + here, inside, other=0.0)
-    error = told - tl.load(noise + here, inside, other=0.0)
-    distance, mean = difference_of_means(told, start, own, row)
-    more = (value + 1) * 0.5 * span  # than the lower log-variance
+    error, start, distance, mean, more = at_elements(
+        outputs, channels * output_channel, x_start + here, x_t + here, noise + here, inside, row, span
+    )
     last = step == 0
     slope = surprise_slope(start, mean, low, more) if last else divergence_slope(distance, low, more)
     grads = grad + picture * grad_row + written
