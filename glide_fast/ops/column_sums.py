@@ -42,10 +42,13 @@ class _Sums:
 _remembered: Any = WeakTensorKeyDictionary()
 
 
-def wanted(op: str, x: Tensor) -> int:
-    """How many copies of its sums an op shall make beside a gradient like x: none if it had to read it."""
+def wanted(op: str, x: Tensor, *, learning: bool) -> int:
+    """How many copies of its sums an op shall make beside a gradient like x: none if it had to read it.
+
+    Nor where its own parameters are not ``learning``: the biases before it will hardly do so either.
+    """
     served = x.is_cuda and not torch.compiler.is_compiling() and is_served(op, x.device)
-    return COPIES if served else 0
+    return COPIES if learning and served else 0
 
 
 def remember(gradient: Tensor, dim: int, sums: Tensor) -> None:

@@ -180,7 +180,8 @@ class _DroppedGroupNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        sums = column_sums.wanted("dropped_group_norm_backward", x)
+        learning = any(ctx.needs_input_grad[2:4])
+        sums = column_sums.wanted("dropped_group_norm_backward", x, learning=learning)
         gradients = BACKWARD(grad, x, weight, bias, scale, shift, mean, rstd, *ctx.drawn, sums)
         column_sums.remember(gradients[0], 1, gradients[5])
         film = gradients[3:5] if scale is not None else (None, None)

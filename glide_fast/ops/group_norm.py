@@ -124,7 +124,8 @@ class _GroupNorm(torch.autograd.Function):
         if grad is None:
             return None, beside, *(None,) * 8
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        sums = column_sums.wanted("group_norm_backward", x)
+        learning = any(ctx.needs_input_grad[2:4])
+        sums = column_sums.wanted("group_norm_backward", x, learning=learning)
         gradients = BACKWARD(
             grad, x, weight, bias, scale, shift, mean, rstd, ctx.silu, ctx.mode, beside, sums
         )

@@ -96,8 +96,9 @@ class _LayerNorm(torch.autograd.Function):
             return None, beside, None, None, None
         _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked no more than that
-        sums = column_sums.wanted("layer_norm_backward", saved[0]) if needs_x else 0
-        *gradients, columns = BACKWARD(grad, *saved, needs_x, needs_weight or needs_bias, beside, sums)
+        learning = needs_weight or needs_bias
+        sums = column_sums.wanted("layer_norm_backward", saved[0], learning=learning) if needs_x else 0
+        *gradients, columns = BACKWARD(grad, *saved, needs_x, learning, beside, sums)
         column_sums.remember(gradients[0], -1, columns)
         needed = zip(gradients, (needs_x, needs_weight, needs_bias), strict=True)
         return None, *(gradient if needs else None for gradient, needs in needed), None

@@ -127,7 +127,7 @@ class _Linear(torch.autograd.Function):
         x, weight, before = ctx.saved_tensors
         inner = grad
         if before is not None:
-            sums = min(1, column_sums.wanted("activation_backward", before)) if needs_bias else 0
+            sums = min(1, column_sums.wanted("activation_backward", before, learning=needs_bias))
             inner, columns = activations.BACKWARD(grad, before, ctx.kind, sums)
             column_sums.remember(inner, -1, columns)
         grad_x, grad_weight = BACKWARD(inner, x, weight, needs_x, needs_weight)

@@ -268,7 +268,7 @@ class _NormConvolution(torch.autograd.Function):
         common = bias is not None and bias.ndim == 1  # its gradient may be known already
         sums = 0
         if needs_x and saved[1] is not None:
-            sums = column_sums.wanted("norm_convolution_backward", grad)
+            sums = column_sums.wanted("norm_convolution_backward", grad, learning=any(needs[1:3]))
         others = weight, None if common else bias, needs_x, needs_weight, summand, second, sums
         gradients = BACKWARD(grad, *saved, *ctx.settings, *others)
         column_sums.remember(gradients[0], 1, gradients[7])

@@ -111,7 +111,7 @@ class _ProjectedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked no more than that
-        sums = min(1, column_sums.wanted("projected_attention_backward", saved[0]))  # of one layer's bias
+        sums = min(1, column_sums.wanted("projected_attention_backward", saved[0], learning=True))
         gradients = BACKWARD(grad, *saved, *ctx.layout, sums)
         column_sums.remember(gradients[0], -1, gradients[2])
         return gradients[0], None if saved[1] is None else gradients[1], None, None

@@ -41,7 +41,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.fixture(autouse=True)
 def sums_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward passes leave the sums of a bias's gradient for it here too."""
-    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x: column_sums.COPIES)
+    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x, *, learning: column_sums.COPIES * learning)
 
 
 def compare(module: nn.Module, *inputs: Any) -> None:
@@ -138,6 +138,6 @@ def test_no_gradient_is_read_again_for_its_bias(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("copies", [0, 2])
 def test_transformers_blocks_learn_alike(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x: copies)
+    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x, *, learning: copies * learning)
     compare(filled(TransformerBlock(32, 2)), draw(2, 7, 32))
     compare(filled(ClipBlock(32, 2, causal=False)), draw(2, 7, 32))

@@ -45,7 +45,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return kept
 
     monkeypatch.setattr(column_sums, "_recall", spy)
-    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x: column_sums.COPIES)
+    monkeypatch.setattr(column_sums, "wanted", lambda _op, _x, *, learning: column_sums.COPIES * learning)
     return counted
 
 
