@@ -2,7 +2,8 @@
 
 python -m bench.gpu_static                       everything, a few minutes: build/gpu_static/
 python -m bench.gpu_static --part counted        one part: counted, compiled or interpreted
-python -m bench.gpu_static --docs                also docs/gpu.md and its plot (make bench-gpu-static)
+python -m bench.gpu_static --docs                also docs/gpu.md, its plot and the README's table
+                                                 (make bench-gpu-static)
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "gpu_static", help="folder of the results"
     )
-    parser.add_argument("--docs", action="store_true", help="update docs/gpu.md from a whole run")
+    parser.add_argument(
+        "--docs", action="store_true", help="update docs/gpu.md and README.md from a whole run"
+    )
     return parser.parse_args()
 
 
@@ -54,6 +57,7 @@ def main() -> int:
         if drawn:
             shutil.copy(chosen.out / "gpu_work.png", ROOT / "docs" / "gpu_work.png")
         report.PLACE.fill(ROOT / "docs" / "gpu.md", words)
+        report.PLACE.fill(ROOT / "README.md", report.summary(found))
     missed = [count.step for count in found.counts if count.meets is False]
     for step in missed:
         print(f"MISSED {step}", file=sys.stderr)

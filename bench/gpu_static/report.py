@@ -119,6 +119,29 @@ COMPILED = (
 INTERPRETED = "The largest error of all results, in units of the largest exact number, and what is allowed."
 
 
+def summary(findings: Findings) -> str:
+    """A row for each step, with the original's beside it, and what was compiled and interpreted in a line."""
+    by_side = {(count.step, count.side): count for count in findings.counts}
+    rows = []
+    for step in dict.fromkeys(count.step for count in findings.counts):
+        ours, original = (by_side[step, side] for side in SIDES[:2])
+        pairs = [
+            (f"{ours.totals.calls:,}", f"{original.totals.calls:,}"),
+            (f"{ours.totals.call_bytes / 1e9:.2f}", f"{original.totals.call_bytes / 1e9:.2f}"),
+            (f"{1e3 * ours.prediction.graph:.1f} ms", f"{1e3 * original.prediction.graph:.1f} ms"),
+        ]
+        rows.append([step, *(f"{own} / {other}" for own, other in pairs)])
+    head = ("step, ours / the original", "launches (counted)", "GB moved (counted)", "H100 (predicted)")
+    spilling = sum(row["spills"] > 0 for row in findings.resources)
+    targets = len({row["target"] for row in findings.resources})
+    exact = all(row["error"] <= row["allowed"] for row in findings.numerics)
+    return (
+        f"{markdown(head, rows)}\n\nNothing of this ran on a GPU. Compiled for {targets} targets: {len(findings.resources)} kernels, "
+        f"{spilling or 'none'} with spills. Interpreted against float64: {len(findings.numerics)} results, "
+        f"{'all' if exact else 'not all'} within what is allowed."
+    )
+
+
 def _heading(title: str, label: str) -> str:
     return f"### {title} ({label})\n\n*{label.capitalize()}: {LABELS[label]}.*"
 

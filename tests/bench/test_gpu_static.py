@@ -190,9 +190,21 @@ def test_findings_are_written_as_json_and_between_markers(tmp_path: Path) -> Non
         report.PLACE.fill(page, "new")
 
 
-def test_the_page_has_the_markers() -> None:
-    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/gpu.md", "README.md"])
+def test_pages_have_the_markers(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
+
+
+def test_the_summary_has_steps_in_pairs_and_says_what_failed() -> None:
+    found = findings()
+    assert "| a step | 1 / 2 | 0.00 / 0.00 | 0.0 ms / 0.0 ms |" in report.summary(found)
+    assert "1 kernels, none with spills" in report.summary(found)
+    assert "1 results, all within" in report.summary(found)
+    found.resources[0]["spills"] = 2
+    found.numerics[0]["error"] = 1.0
+    assert "1 kernels, 1 with spills" in report.summary(found)
+    assert "1 results, not all within" in report.summary(found)
 
 
 def test_a_compilers_rows_are_kept_and_its_failure_told() -> None:
