@@ -136,7 +136,8 @@ def summary(findings: Findings) -> str:
     targets = len({row["target"] for row in findings.resources})
     exact = all(row["error"] <= row["allowed"] for row in findings.numerics)
     return (
-        f"{markdown(head, rows)}\n\nNothing of this ran on a GPU. Compiled for {targets} targets: {len(findings.resources)} kernels, "
+        f"{markdown(head, rows)}\n\nNothing of this ran on a GPU. "
+        f"Compiled for {targets} targets: {len(findings.resources)} kernels, "
         f"{spilling or 'none'} with spills. Interpreted against float64: {len(findings.numerics)} results, "
         f"{'all' if exact else 'not all'} within what is allowed."
     )
