@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_static.counter import LaunchCounter, count
-from bench.gpu_static.launches import Launch, is_half
+from bench.gpu_static.launches import Launch, footprint, is_half
 from bench.gpu_static.workloads import Workload, workloads
 
 H100 = SimpleNamespace(
@@ -59,6 +60,8 @@ from bench.gpu_static import inductor
 inductor.main(sys.argv[1])
 """
 _BYTES = re.compile(r"'kernel_num_gb': ([-+.\de]+)")
+_HEAD = re.compile(r"^def \w+\((.*)\):", re.MULTILINE)
+_ACCESS = re.compile(r"\btl\.(load|store)\((\w+)")
 
 
 @dataclass
@@ -79,20 +82,26 @@ class Served:
 class WrittenKernel:
     """A Triton kernel of Inductor's that is written down when it is launched.
 
-    It moves what Inductor says: each of its buffers once, those in place twice, of others the part it needs.
+    It moves its buffers once, those that its code both loads and stores twice, or what Inductor says where
+    that is less: of some it needs a part.
     """
 
     def __init__(self, counter: LaunchCounter, name: str, source: str) -> None:
-        """Raise ValueError if the kernel does not say how many bytes it moves."""
-        gigabytes = _BYTES.search(source)
-        if gigabytes is None:
+        """Raise ValueError if the code does not say what it moves."""
+        said, head = _BYTES.search(source), _HEAD.search(source)
+        if said is None or head is None:
             raise ValueError(f"Inductor does not say what {name} moves; count with another torch")
-        self.counter, self.name, self.moved = counter, name, round(1e9 * float(gigabytes[1]))
+        self.counter, self.name, self.said = counter, name, round(1e9 * float(said[1]))
+        accesses = Counter(pointer for _, pointer in set(_ACCESS.findall(source)))
+        self.times = [max(1, accesses[each]) for each in head[1].split(", ")]
 
     def run(self, *arguments: Any, stream: Any) -> None:  # noqa: ARG002 (of the generated code's call)
         """Write a launch down."""
-        half = is_half(each for each in arguments if isinstance(each, Tensor))
-        self.counter.launches.append(Launch(self.name, "triton", self.moved, half=half))
+        pairs = zip(arguments, self.times, strict=False)
+        tensors = [(each, times) for each, times in pairs if isinstance(each, Tensor)]
+        most = sum(times * footprint(each) for each, times in tensors)
+        half = is_half(each for each, _ in tensors)
+        self.counter.launches.append(Launch(self.name, "triton", min(self.said, most), half=half))
 
 
 @contextmanager

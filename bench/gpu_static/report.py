@@ -88,7 +88,8 @@ def text(findings: Findings) -> str:
     parts = [_facts(findings)]
     if findings.counts:
         parts += [_heading("Launches and bytes of a step", "counted"), COUNTED, _counts(findings)]
-        parts += [INDUCTOR]
+        if findings.refusals or any(count.side == SIDES[2] for count in findings.counts):
+            parts.append(INDUCTOR)
         parts += [_heading("Time of a step on an H100", "predicted"), PREDICTED, _times(findings.counts)]
         parts += [_heading("What a step of ours launches", "counted"), *_operators(findings.counts)]
     if findings.resources:
