@@ -45,7 +45,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 def launches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Launch]:
     """The kernels of one call of an operator on CUDA."""
-    inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
+    inputs, outputs = _given(func, args, kwargs), tensors_of(out)
     if func in FREE or func.is_view or not any(each.is_cuda for each in (*inputs, *outputs)):
         return []
     name = func._schema.name.removeprefix("aten::")
@@ -60,6 +60,12 @@ def launches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     formula = flop_registry.get(func._overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
     return [Launch(name, name, moved(read) + moved(written), flops, is_half(inputs))]
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operator may read: what it is told to write its result to is none of them."""
+    results = {argument.name for argument in func._schema.arguments if argument.is_out}
+    return tensors_of((args, {name: value for name, value in kwargs.items() if name not in results}))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

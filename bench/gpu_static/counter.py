@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -41,6 +41,11 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[Launch] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile do its work, and see the operators that the compiled code calls."""
+        return True
 
     def __torch_dispatch__(
         self,
@@ -118,7 +123,8 @@ def _device(counter: LaunchCounter) -> Iterator[None]:
         patch = stack.enter_context
         patch(mock.patch.object(FakeTensor, "data_ptr", create=True, return_value=0))
         if not torch.cuda.is_available():
-            patch(mock.patch.object(torch.cuda, "device", return_value=nullcontext()))
+            patch(mock.patch.object(torch.cuda, "_exchange_device", return_value=0))
+            patch(mock.patch.object(torch.cuda, "_maybe_exchange_device", return_value=0))
             patch(mock.patch.object(torch.cuda, "current_device", return_value=0))
             patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY))
         if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
@@ -138,10 +144,20 @@ def _device(counter: LaunchCounter) -> Iterator[None]:
         yield
 
 
-def count(build: Callable[[], Callable[[], object]]) -> list[Launch]:
-    """The launches of the second call of what ``build`` returns; all runs on tensors without memory."""
+def _nothing(_counter: LaunchCounter) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def count(
+    build: Callable[[], Callable[[], object]],
+    within: Callable[[LaunchCounter], AbstractContextManager[None]] = _nothing,
+) -> list[Launch]:
+    """The launches of the second call of what ``build`` returns; all runs on tensors without memory.
+
+    ``within`` may give the counter more to see: a context in which all of it happens.
+    """
     counter = LaunchCounter()
-    with FakeTensorMode(allow_non_fake_inputs=True), _device(counter):
+    with FakeTensorMode(allow_non_fake_inputs=True), _device(counter), within(counter):
         call = build()
         with counter:
             call()

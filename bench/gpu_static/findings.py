@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 
-from bench.gpu_static import numerics, resources
+from bench.gpu_static import inductor, numerics, resources
 from bench.gpu_static.counter import by_op, count
 from bench.gpu_static.report import SIDES, Count, Findings
 from bench.gpu_static.workloads import Workload, workloads
@@ -19,18 +20,32 @@ from glide_fast.kernels.compilation import TARGETS
 def gather(parts: Sequence[str], name: str, targets: tuple[str, ...]) -> Findings:
     """The findings of the parts; counted are the steps with ``name`` in their names, compiled the targets."""
     found = Findings(facts=_facts())
-    if "counted" in parts:
-        for workload in workloads():
-            if name in workload.name:
-                found.counts += counted(workload)
-    if "compiled" in parts:
-        compiled = resources.compiled(resources.families(), targets or TARGETS)
-        found.resources, found.absent = compiled.rows, [*found.absent, *compiled.failures]
-    if "interpreted" in parts:
-        rows, failure = numerics.measured()
-        found.numerics = [asdict(row) for row in rows]
-        found.absent += [f"the interpreter: {failure}"] if failure else []
+    with ThreadPoolExecutor(1) as pool:
+        if "counted" in parts:
+            inductors = pool.submit(inductor.counted, name)  # takes minutes, in a process of its own
+            for workload in workloads():
+                if name in workload.name:
+                    found.counts += counted(workload)
+        if "compiled" in parts:
+            compiled = resources.compiled(resources.families(), targets or TARGETS)
+            found.resources, found.absent = compiled.rows, [*found.absent, *compiled.failures]
+        if "interpreted" in parts:
+            rows, failure = numerics.measured()
+            found.numerics = [asdict(row) for row in rows]
+            found.absent += [f"the interpreter: {failure}"] if failure else []
+        if "counted" in parts:
+            add_inductor(found, inductors.result())
     return found
+
+
+def add_inductor(found: Findings, served: inductor.Served) -> None:
+    """Put Inductor's counts after those of the same step, and why it has served others not."""
+    steps = [count.step for count in found.counts]
+    found.counts += [
+        Count.of(step, SIDES[2], launches, by_op(launches)) for step, launches in served.launches.items()
+    ]
+    found.counts.sort(key=lambda count: steps.index(count.step))
+    found.refusals = served.refusals
 
 
 def counted(workload: Workload) -> Iterator[Count]:

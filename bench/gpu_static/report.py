@@ -65,6 +65,7 @@ class Findings:
     counts: list[Count] = field(default_factory=list)
     resources: list[dict[str, Any]] = field(default_factory=list)
     numerics: list[dict[str, Any]] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)  # why Inductor serves a step not here
     absent: list[str] = field(default_factory=list)  # what could not be found out, and why
 
     def save(self, path: Path) -> None:
@@ -86,7 +87,9 @@ def text(findings: Findings) -> str:
     """All tables, each under its label."""
     parts = [_facts(findings)]
     if findings.counts:
-        parts += [_heading("Launches and bytes of a step", "counted"), COUNTED, _counts(findings.counts)]
+        parts += [_heading("Launches and bytes of a step", "counted"), COUNTED, _counts(findings)]
+        if findings.refusals or any(count.side == SIDES[2] for count in findings.counts):
+            parts.append(INDUCTOR)
         parts += [_heading("Time of a step on an H100", "predicted"), PREDICTED, _times(findings.counts)]
         parts += [_heading("What a step of ours launches", "counted"), *_operators(findings.counts)]
     if findings.resources:
@@ -107,6 +110,14 @@ COUNTED = (
     "what a GPU sees: PyTorch adds the bias of cuDNN's convolution by a second one, cuDNN makes gradients "
     "of a convolution's input and weight by two, and PyTorch normalises groups by three. Bytes are those of "
     "inputs and outputs, each once a kernel. Text is encoded before, unless said."
+)
+INDUCTOR = (
+    "Inductor is what torch.compile makes of the original's networks in its default mode: this torch traces "
+    "and fuses them for an H100 and writes its Triton kernels and calls of libraries, whose launches are "
+    "counted as ours are; no kernel is compiled, tuned or run. There are no CUDA graphs and no max-autotune, "
+    "and products are not padded, for these need a GPU to choose by. Weights are in channels last, or each "
+    "call would convert them. Of a training step the network is compiled; the loss, the master weights and "
+    "the optimiser are the original's."
 )
 PREDICTED = (
     "The roofline is the sum over kernels of the longer of bytes / 3.0 TB/s and FLOP / 790 TFLOP/s (float32: "
@@ -152,8 +163,16 @@ def _facts(findings: Findings) -> str:
     return f"Nothing here ran on a GPU. Made with {known}."
 
 
-def _counts(counts: Iterable[Count]) -> str:
-    return markdown(_COUNT_HEAD, map(_count_row, counts))
+def _counts(findings: Findings) -> str:
+    rows = [_count_row(count) for count in findings.counts]
+    rows += [_refusal_row(step, reason) for step, reason in findings.refusals.items()]
+    steps = [count.step for count in findings.counts]
+    return markdown(_COUNT_HEAD, sorted(rows, key=lambda row: steps.index(row[0])))
+
+
+def _refusal_row(step: str, reason: str) -> list[str]:
+    words = f"{SIDES[2]}, not here: {reason}".replace("|", "/")
+    return [step, words, *("–" for _ in _COUNT_HEAD[2:])]
 
 
 def _count_row(count: Count) -> list[str]:

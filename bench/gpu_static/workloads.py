@@ -37,6 +37,7 @@ from glide_fast.training.working_weights import WorkingWeights, converted_names
 Call = Callable[[], object]
 Build = Callable[[], Call]
 Network = TypeVar("Network", bound=nn.Module)
+Prepare = Callable[[nn.Module], nn.Module]
 _HALVED = (nn.Conv1d, nn.Conv2d, PointwiseConv)
 _BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
@@ -48,6 +49,7 @@ class Workload:
     name: str
     ours: Build
     upstream: Build
+    compiled: Build | None = None  # upstream's by torch.compile
     most_launches: int | None = None
     most_bytes: float | None = None
 
@@ -76,8 +78,19 @@ def _remade(network: Network, value: Callable[[str, nn.Module, Tensor], Tensor])
     for name, module in network.named_modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[key] = nn.Parameter(value(name, module, parameter.detach()))
+                made = value(name, module, parameter.detach())
+                module._parameters[key] = nn.Parameter(made, requires_grad=parameter.requires_grad)
     return network
+
+
+def as_it_is(network: nn.Module) -> nn.Module:
+    """The original's network as PyTorch runs it without being asked for more."""
+    return network
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """The network by torch.compile, its weights as cuDNN likes them, or each call would convert them."""
+    return torch.compile(channels_last(network))  # type: ignore[return-value]
 
 
 def in_blocks(name: str, module: nn.Module) -> bool:
@@ -121,20 +134,23 @@ def our_step(config: UNetConfig, batch: int) -> Build:
     return build
 
 
-def upstream_step(config: UNetConfig, batch: int, *, text_once: bool = True) -> Build:
+def upstream_step(
+    config: UNetConfig, batch: int, *, text_once: bool = True, prepare: Prepare = as_it_is
+) -> Build:
     """The same as the original code computes it, which encodes the text each time unless told otherwise."""
 
     def build() -> Call:
         with torch.device("cuda"), torch.no_grad():
-            network = halved(PlainUNet(config), _but_norms)
+            plain = halved(PlainUNet(config), _but_norms)
             x, timesteps, given = _pictures(config, batch)
             x, given = x.half(), {name: each.half() for name, each in given.items()}
             words = _words(config, batch)
             if text_once:
-                pooled, sequence = network.encode_text(*words)
+                pooled, sequence = plain.encode_text(*words)
                 given |= {"pooled": pooled, "sequence": sequence.permute(0, 2, 1).contiguous()}
             else:
                 given |= {"tokens": words[0], "mask": words[1]}
+            network = prepare(plain)
 
         def call() -> Tensor:
             with torch.no_grad():
@@ -159,15 +175,15 @@ def our_clip(config: NoisyCLIPConfig, batch: int) -> Build:
     return build
 
 
-def upstream_clip(config: NoisyCLIPConfig, batch: int) -> Build:
+def upstream_clip(config: NoisyCLIPConfig, batch: int, *, prepare: Prepare = as_it_is) -> Build:
     """The same as the original code computes it."""
 
     def build() -> Call:
         with torch.device("cuda"):
-            network = halved(PlainNoisyPictures(config), lambda _name, _module: False)
+            plain = halved(PlainNoisyPictures(config), lambda _name, _module: False)
             x, timesteps = torch.empty(batch, 3, config.image_size, config.image_size), _times(batch)
             texts = torch.empty(batch, config.embedding)
-        network.to("cuda")
+        network = prepare(plain.to("cuda"))
 
         def call() -> Tensor:
             pictures = x.detach().requires_grad_()
@@ -268,12 +284,12 @@ def our_training(config: UNetConfig, batch: int) -> Build:
     return build
 
 
-def upstream_training(config: UNetConfig, batch: int) -> Build:
+def upstream_training(config: UNetConfig, batch: int, *, prepare: Prepare = as_it_is) -> Build:
     """The original's mixed precision: its master weights are two vectors, copied from and to the network."""
 
     def build() -> Call:
         with torch.device("cuda"):
-            network = halved(PlainUNet(config), _but_norms).requires_grad_(True).train()
+            network = prepare(halved(PlainUNet(config), _but_norms).requires_grad_(True).train())
 
             def answer(x: Tensor, timesteps: Tensor, **given: Tensor) -> Tensor:
                 output: Tensor = network(x.half(), timesteps, **given)
@@ -311,6 +327,7 @@ def workloads() -> list[Workload]:
             name="base 64 px, batch 2",
             ours=our_step(base, 2),
             upstream=upstream_step(base, 2),
+            compiled=upstream_step(base, 2, prepare=compiled),
             most_launches=340,
             most_bytes=1.6e9,
         ),
@@ -328,6 +345,7 @@ def workloads() -> list[Workload]:
             name="upsampler 256 px, batch 2",
             ours=our_step(upsampler, 2),
             upstream=upstream_step(upsampler, 2),
+            compiled=upstream_step(upsampler, 2, prepare=compiled),
             most_launches=350,
             most_bytes=8.0e9,
         ),
@@ -335,11 +353,13 @@ def workloads() -> list[Workload]:
             name="noise-aware CLIP, gradient, batch 4",
             ours=our_clip(clip, 4),
             upstream=upstream_clip(clip, 4),
+            compiled=upstream_clip(clip, 4, prepare=compiled),
         ),
         Workload(
             name="base 64 px, training, batch 64",
             ours=our_training(base, 64),
             upstream=upstream_training(base, 64),
+            compiled=upstream_training(base, 64, prepare=compiled),
             most_launches=1250,
             most_bytes=120e9,
         ),
