@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 from glide_fast.models.clip import ClipBlock
-from glide_fast.models.layers import AttentionBlock, GroupNorm, ResBlock
+from glide_fast.models.layers import GroupNorm
 from glide_fast.models.transformer import TransformerBlock
 from glide_fast.ops import column_sums, use_reference
 from tests.kernels.interpreter import DEVICE, use_kernels

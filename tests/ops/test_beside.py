@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glide_fast import ops
-from glide_fast.models.layers import AttentionBlock, ResBlock
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 
 CHANNELS, OUT, GROUPS = 24, 16, 4
 Paths = Callable[..., tuple[Tensor, ...]]
