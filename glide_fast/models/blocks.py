@@ -35,6 +35,7 @@ from glide_fast.models.layers import (
     zeroed,
 )
 from glide_fast.ops import packed
+from glide_fast.ops.sources import stay_apart
 
 
 class ResBlock(nn.Module):
@@ -92,7 +93,7 @@ class ResBlock(nn.Module):
         only what is added, among them.
         ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
         """
-        if skip is not None and torch.is_grad_enabled():  # both paths keep the same map for the backward pass
+        if skip is not None and torch.is_grad_enabled() and not stay_apart(x):
             x, skip = torch.cat([x, skip], dim=1), None
         return self._paths(x, embedding, skip)[0]
 
@@ -118,11 +119,8 @@ class ResBlock(nn.Module):
         film = (modulation[0], modulation[1]) if self.scale_shift_norm else None
         norm, convolution = self.in_layers.values()
         shift = modulation[0] if film is None else None
-        same = x
-        if skip is None:
-            h, x, same = activated_convolution_beside(norm, convolution, x, shift, self.resample)
-        else:
-            h = activated_convolution(norm, convolution, x, skip=skip, shift=shift, resample=self.resample)
+        h, x, other = activated_convolution_beside(norm, convolution, x, skip, shift, self.resample)
+        skip = None if skip is None else other
         norm, dropout, convolution = self.out_layers.values()
         residual = None if self._projects else self._residual(x, skip)
         if dropout.p and self.training:
@@ -130,7 +128,7 @@ class ResBlock(nn.Module):
         else:
             h = activated_convolution(norm, convolution, h, film=film, residual=residual)
         y = self._residual(x, skip, summand=h) if self._projects else h
-        return y, same
+        return y, other
 
     @property
     def _projects(self) -> bool:
@@ -145,6 +143,7 @@ class ResBlock(nn.Module):
         layer: Any = self.skip_connection
         if self.resample != "up" or x.dim() == 5:
             x = resample_nearest(x, self.resample)
+            skip = None if skip is None else resample_nearest(skip, self.resample)
         if _is_pointwise(layer):
             tokens = pixels_as_tokens(x)
             second = None if skip is None else pixels_as_tokens(skip)

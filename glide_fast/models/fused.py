@@ -60,16 +60,21 @@ def activated_convolution(
 
 
 def activated_convolution_beside(
-    norm: Any, convolution: Any, x: Tensor, shift: Tensor | None, resample: Resample
+    norm: Any, convolution: Any, x: Tensor, skip: Tensor | None, shift: Tensor | None, resample: Resample
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`activated_convolution`, and x for two other paths, whose gradients join the norm's of x."""
+    """:func:`activated_convolution`, and x for two other paths, or x and ``skip`` for one.
+
+    Their gradients join the norm's of x and skip.
+    """
     if not is_fused(norm, convolution, x, resample):
-        return activated_convolution(norm, convolution, x, shift=shift, resample=resample), x, x
+        y = activated_convolution(norm, convolution, x, skip=skip, shift=shift, resample=resample)
+        return y, x, x if skip is None else skip
     bias = convolution.bias.to(x.dtype)
     return ops.norm_convolution_beside(
         x,
         convolution.weight.to(x.dtype),
         bias if shift is None else bias + shift,
+        skip=skip,
         norm_weight=norm.weight,
         norm_bias=norm.bias,
         groups=norm.groups,
