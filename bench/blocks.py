@@ -15,7 +15,7 @@ from bench.peers.runtimes import SDPA
 from bench.place import CPU, Place
 from bench.subject import Outputs, Plain, Subject
 from glide_fast.models import UNetConfig
-from glide_fast.models.layers import AttentionBlock, ResBlock
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 from glide_fast.models.presets import preset
 
 BATCH = 2  # classifier-free guidance of one picture

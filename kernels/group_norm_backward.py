@@ -1,4 +1,4 @@
-"""Gradients of GroupNorm with affine, FiLM, SiLU and 2x resampling, in two launches.
+"""Gradients of GroupNorm with affine, FiLM, SiLU and 2x resampling, of one map or two, in two launches.
 
 With n the normalised input, z = n gain + offset, and dz the gradient that arrives at z, every gradient is
 made of two sums over the pixels of a channel, S = sum dz and T = sum dz n:
@@ -10,6 +10,7 @@ made of two sums over the pixels of a channel, S = sum dz and T = sum dz n:
 `sums_kernel` writes S and T of every (chunk of pixels, channel), and what they come to for groups;
 `dx_kernel` computes n and dz again, puts its groups' sums together in a fixed order, and its first programs
 write the parameters' gradients. Saved are x, the statistics and nothing else. All arithmetic is float32.
+Two maps are read where they lie, and have one gradient, whose first channels are those of x.
 
 The sums of dx over all pixels, the gradient of a bias before the norm, are made of parts that each program
 leaves: who arrives last at a counter of its tile column adds them, in a fixed order. A number is counted so,
@@ -51,13 +52,14 @@ from glide_fast.ops.column_sums import COPIES
 from glide_fast.ops.group_norm import resampled_shape
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# Pixels, channels, FiLM, resampling of what is compiled to be measured.
+# Pixels, channels of x and of the skip, FiLM, resampling of what is compiled to be measured.
 CASES = (
-    (64, 768, True, reference.RESAMPLE_NONE),
-    (1024, 384, True, reference.RESAMPLE_NONE),
-    (1024, 576, False, reference.RESAMPLE_UP),
-    (4096, 192, True, reference.RESAMPLE_NONE),
-    (4096, 192, False, reference.RESAMPLE_DOWN),
+    (64, 768, 0, True, reference.RESAMPLE_NONE),
+    (1024, 384, 0, True, reference.RESAMPLE_NONE),
+    (1024, 576, 0, False, reference.RESAMPLE_UP),
+    (4096, 192, 0, True, reference.RESAMPLE_NONE),
+    (4096, 384, 192, False, reference.RESAMPLE_NONE),
+    (4096, 192, 0, False, reference.RESAMPLE_DOWN),
 )
 
 
@@ -137,13 +139,13 @@ def write_column_sums(
 
 @triton.jit(do_not_specialize=dropout.PLAIN)
 def dx_kernel(
-    x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, grad_x, grad_weight, grad_bias,
-    grad_scale, grad_shift, summand, second, column_parts, column_sums, arrived, channel_plane, group_plane,
-    x_batch, x_pixel, step, grad_batch, grad_pixel, grad_step, summand_batch, summand_pixel, summand_step,
-    second_batch, second_pixel, second_step, dx_batch, dx_pixel, dx_step, scale_row, shift_row, batches,
-    pixels, width, height, channels, groups, chunks, parts, blocks, runs, run_pixels, seed, largest_dropped,
-    factor,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMANDS: tl.constexpr,
+    x, skip, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, grad_x, grad_weight,
+    grad_bias, grad_scale, grad_shift, summand, second, column_parts, column_sums, arrived, channel_plane,
+    group_plane, x_batch, x_pixel, skip_batch, skip_pixel, step, grad_batch, grad_pixel, grad_step,
+    summand_batch, summand_pixel, summand_step, second_batch, second_pixel, second_step, dx_batch, dx_pixel,
+    dx_step, scale_row, shift_row, batches, pixels, width, height, split, channels, groups, chunks, parts,
+    blocks, runs, run_pixels, seed, largest_dropped, factor,
+    SKIP: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, SUMMANDS: tl.constexpr,
     DROPOUT: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -192,9 +194,10 @@ def dx_kernel(
         columns = tl.zeros([ROWS, LANES], tl.float32)
         for first in range(begin, stop, ROWS):
             tile, dz, _ = tile_gradient(
-                x + picture * x_batch, grad + picture * grad_batch, first, stop, channel, lanes, center,
-                gain, offset, width, height, x_pixel, step, grad_pixel, grad_step, seed, largest_dropped,
-                factor, batch, block * LANES, channels, SILU, MODE, DROPOUT, ROWS, LANES,
+                x + picture * x_batch, skip + picture * skip_batch, grad + picture * grad_batch, first, stop,
+                channel, lanes, split, center, gain, offset, width, height, x_pixel, skip_pixel, step,
+                grad_pixel, grad_step, seed, largest_dropped, factor, batch, block * LANES, channels, SKIP,
+                SILU, MODE, DROPOUT, ROWS, LANES,
             )  # fmt: skip
             dx = dz * gain[None, :] - lane_share[None, :] - tile * lane_slope[None, :]
             pixel = first + tl.arange(0, ROWS)
@@ -218,25 +221,25 @@ def dx_kernel(
 
 @dataclass(frozen=True)
 class Further:
-    """What one call does besides: sums it joins, and what it leaves."""
+    """What one call reads besides, and what it leaves."""
 
     summand: Tensor | None = None  # like x, added to its gradient
     second: Tensor | None = None  # likewise; only with a summand
     sums: int = 0  # copies of the sums of x's gradient over all pixels
     activated: Tensor | None = None  # like x, to be filled with the norm's own result
+    skip: Tensor | None = None  # more channels behind those of x; then the maps above have both
 
 
 class _Call:
     """One call: its gradients, and the launches that fill them."""
 
     def __init__(self, norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, further: Further) -> None:
-        own, arriving = tiles.as_map(x), tiles.as_map(grad)
-        self.batch, self.channels = x.shape[:2]
+        (own, other), arriving = tiles.side_by_side(x, further.skip), tiles.as_map(grad)
+        self.batch, self.channels = len(x), len(norm.weight)
         self.groups = statistics.mean.shape[1]
         self.pixels = tiles.pixels_of(x)
-        self.x = torch.empty(
-            x.shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x)
-        )
+        shape = (self.batch, self.channels, *x.shape[2:])
+        self.x = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
         self.parameters = [torch.empty_like(each) for each in (norm.weight, norm.bias)]
         self.film = [
             x.new_empty(0) if each is None else each.new_empty(each.shape)
@@ -244,7 +247,8 @@ class _Call:
         ]
         self.sums = x.new_empty((further.sums, self.channels) if further.sums else 0)
         self.maps: dict[str, Any] = {
-            **norm.arguments, **_map("x", own), "step": own.channel, **_map("grad", arriving),
+            **norm.arguments, **_map("x", own), **_map("skip", other), "step": own.channel,
+            "split": x.shape[1], "SKIP": further.skip is not None, **_map("grad", arriving),
             "grad_step": arriving.channel, "mean": statistics.mean, "rstd": statistics.rstd,
             **_strided("activated", further.activated, x), "ACTIVATED": further.activated is not None,
             "pixels": self.pixels, "width": x.shape[-1], "height": x.shape[2], "channels": self.channels,
@@ -282,7 +286,7 @@ class _Call:
             "channel_plane": channel_sums.numel() // 2, "group_plane": group_sums.numel() // 2,
             "arrived": torch.empty(cut.blocks, dtype=torch.int32, device=self.x.device),
         }  # fmt: skip
-        limited = tiles.unlimited(configuration, self.channels)
+        limited = tiles.unlimited(configuration, self.channels, self.maps["split"])
         sums = Launch(sums_kernel, self.batch * cut.blocks * cut.chunks, arguments, limited)
         runs, run_pixels = tiles.divide(self.pixels, cut.rows, tiles.PROGRAMS // (self.batch * cut.blocks))
         parts = (self.batch * runs, self.channels) if len(self.sums) else 0
@@ -343,18 +347,23 @@ def gradients(norm: Norm, grad: Tensor, x: Tensor, statistics: Statistics, furth
 
 def cases(target: str, dropout: float = 0.0) -> Iterator[Case]:
     """What is compiled to be measured: the maps of the models, in 16 bits; if dropped, those that are."""
-    for pixels, channels, modulated, mode in CASES:
-        if dropout and mode:
+    for pixels, channels, skip, modulated, mode in CASES:
+        if dropout and (skip or mode):
             continue
         side = math.isqrt(pixels)
-        x = torch.empty(2, channels, side, side, dtype=torch.float16, device="meta")
-        x = x.contiguous(memory_format=torch.channels_last)
-        norm = Norm.blank(channels, batch=2, film=modulated, mode=mode, dropout=dropout)
-        grad = x.new_empty(resampled_shape(x, mode)).contiguous(memory_format=torch.channels_last)
-        activated = None if mode or dropout else x
-        further = Further(None if dropout else x, sums=COPIES, activated=activated)
+        x, other, both = (
+            torch.empty(2, each, side, side, dtype=torch.float16, device="meta").contiguous(
+                memory_format=torch.channels_last
+            )
+            for each in (channels, skip, channels + skip)
+        )
+        norm = Norm.blank(channels + skip, batch=2, film=modulated, mode=mode, dropout=dropout)
+        grad = x.new_empty(resampled_shape(both, mode)).contiguous(memory_format=torch.channels_last)
+        activated = None if mode or dropout else both
+        further = Further(None if dropout else both, None, COPIES, activated, other if skip else None)
         call = _Call(norm, grad, x, Statistics.empty(x, norm.groups), further)
-        kind = f"{side}²x{channels} film {modulated} mode {mode}{' dropout' if dropout else ''}"
+        width = f"{channels}+{skip}" if skip else f"{channels}"
+        kind = f"{side}²x{width} film {modulated} mode {mode}{' dropout' if dropout else ''}"
         for launch in call.launches(configurations.choose(call.table, target, 16, pixels)):
             name = launch.kernel.__name__.removesuffix("_kernel")
             yield launch.case(f"group_norm_backward {name} {kind}")

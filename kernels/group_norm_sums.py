@@ -19,6 +19,7 @@ from glide_fast.kernels.group_norm_tiles import (
     entry,
     film,
     group_block,
+    load_tile,
     members,
     to_slots,
 )
@@ -52,17 +53,17 @@ def load_gradient(
 
 @triton.jit
 def tile_gradient(
-    x, grad, first, stop, channel, lanes, mean, gain, offset, width, height, x_pixel, step, grad_pixel,
-    grad_step, seed, largest_dropped, factor, batch, first_channel, channels, SILU: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    x, skip, grad, first, stop, channel, lanes, split, mean, gain, offset, width, height, x_pixel, skip_pixel,
+    step, grad_pixel, grad_step, seed, largest_dropped, factor, batch, first_channel, channels,
+    SKIP: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Of the pixels from `first` on: x - mean, what arrives at z = (x - mean) gain + offset, activated z."""
     pixel = first + tl.arange(0, ROWS)
     inside = pixel < stop
     if DROPOUT:
         kept = dropout.kept(seed, largest_dropped, batch, pixel, first_channel, channels, LANES)
-    at = pixel[:, None] * x_pixel + (channel * step)[None, :]
-    tile = tl.load(x + at, mask=inside[:, None] & lanes[None, :], other=0.0).to(tl.float32)
+    tile = load_tile(x, skip, pixel, inside, channel, lanes, split, x_pixel, skip_pixel, step, SKIP)
     centred = tile - mean[None, :]
     dz = load_gradient(grad, pixel, inside, channel, lanes, width, height, grad_pixel, grad_step, MODE)
     z = centred * gain[None, :] + offset[None, :]
@@ -77,11 +78,11 @@ def tile_gradient(
 
 @triton.jit(do_not_specialize=dropout.PLAIN)
 def sums_kernel(
-    x, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, activated, arrived,
-    channel_plane, group_plane, x_batch, x_pixel, step, grad_batch, grad_pixel, grad_step, activated_batch,
-    activated_pixel, activated_step, scale_row, shift_row, pixels, width, height, channels, groups, chunks,
-    chunk_pixels, parts, blocks, seed, largest_dropped, factor,
-    FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr,
+    x, skip, grad, weight, bias, scale, shift, mean, rstd, channel_sums, group_sums, activated, arrived,
+    channel_plane, group_plane, x_batch, x_pixel, skip_batch, skip_pixel, step, grad_batch, grad_pixel,
+    grad_step, activated_batch, activated_pixel, activated_step, scale_row, shift_row, pixels, width, height,
+    split, channels, groups, chunks, chunk_pixels, parts, blocks, seed, largest_dropped, factor,
+    SKIP: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr,
     ACTIVATED: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -104,6 +105,7 @@ def sums_kernel(
     gain *= tl.load(rstd + statistic, mask=lanes, other=0.0)
     picture = batch.to(tl.int64)
     x += picture * x_batch
+    skip += picture * skip_batch
     grad += picture * grad_batch
     activated += picture * activated_batch
     first_sums = tl.zeros([ROWS, LANES], tl.float32)
@@ -112,9 +114,9 @@ def sums_kernel(
     stop = tl.minimum(begin + chunk_pixels, pixels)
     for first in range(begin, stop, ROWS):
         centred, dz, y = tile_gradient(
-            x, grad, first, stop, channel, lanes, lane_mean, gain, offset, width, height, x_pixel, step,
-            grad_pixel, grad_step, seed, largest_dropped, factor, batch, block * LANES, channels, SILU, MODE,
-            DROPOUT, ROWS, LANES,
+            x, skip, grad, first, stop, channel, lanes, split, lane_mean, gain, offset, width, height,
+            x_pixel, skip_pixel, step, grad_pixel, grad_step, seed, largest_dropped, factor, batch,
+            block * LANES, channels, SKIP, SILU, MODE, DROPOUT, ROWS, LANES,
         )  # fmt: skip
         first_sums += dz
         second_sums += dz * centred

@@ -17,8 +17,8 @@ from glide_fast.kernels.convolution_sum import convolve
 from glide_fast.kernels.group_norm import normalise
 from glide_fast.kernels.group_norm_backward import Further, gradients
 from glide_fast.kernels.group_norm_tiles import Norm, Statistics, covered
-from glide_fast.ops import chosen, dispatch, reference
-from glide_fast.ops.norm_convolution import before_convolution, bias_gradient, concatenated
+from glide_fast.ops import chosen, dispatch, reference, sources
+from glide_fast.ops.norm_convolution import before_convolution, bias_gradient
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -39,7 +39,7 @@ def norm_convolution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `norm_convolution`; what the norm's kernels do not cover goes to the default."""
     if norm_weight is None or norm_bias is None:
-        y = reference.resample(concatenated(x, skip).to(weight.dtype), mode)
+        y = reference.resample(sources.joined(x, skip, 1).to(weight.dtype), mode)
         mean, rstd = reference.nothing(y), reference.nothing(y)
     elif covered(x, mode, weight.shape[1]):
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
@@ -58,6 +58,7 @@ def norm_convolution(
 def norm_convolution_backward(
     grad: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     scale: Tensor | None,
@@ -77,15 +78,17 @@ def norm_convolution_backward(
 ) -> _Gradients:
     """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
     normed = norm_weight is not None and norm_bias is not None
-    if normed and not covered(x, mode):
+    channels = weight.shape[1]
+    if normed and not covered(x, mode, channels):
         result: _Gradients = dispatch.default("norm_convolution_backward")(
-            grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
+            grad, x, skip, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
             needs_x, needs_weight, summand, second, sums,
         )  # fmt: skip
         return result
     layout = reference.channels_last(x)
     inner: tuple[Tensor, ...] = (*(reference.nothing(x) for _ in range(6)),)
     if norm_weight is None or norm_bias is None:
+        x = sources.joined(x, skip, 1)
         convolved = reference.resample(x.to(weight.dtype), mode)
         if needs_x:
             arriving, summand = _before(grad, convolved, weight), reference.sum_of(summand, second)
@@ -93,13 +96,13 @@ def norm_convolution_backward(
     else:
         norm = Norm(norm_weight, norm_bias, scale, shift, groups, eps, True, mode)
         saved = Statistics(mean, rstd)
-        shape = [*x.shape[:2], *grad.shape[2:]]
+        shape = [len(x), channels, *grad.shape[2:]]
         convolved = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=layout)
         joint = mode == reference.RESAMPLE_NONE and needs_x and needs_weight
         if needs_weight and not joint:
-            convolved = normalise(norm, x, memory_format=layout, saved=saved, dtype=weight.dtype)[0]
+            convolved = normalise(norm, x, skip, memory_format=layout, saved=saved, dtype=weight.dtype)[0]
         if needs_x:
-            further = Further(summand, second, sums=sums, activated=convolved if joint else None)
+            further = Further(summand, second, sums, convolved if joint else None, skip)
             inner = gradients(norm, _before(grad, convolved, weight), x, saved, further)
     grad_weight = reference.nothing(x)
     if needs_weight:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
-from glide_fast.models import encoder, layers
+from glide_fast.models import blocks, encoder, layers
 from glide_fast.models.layers import CONVOLUTIONS
 
 Dims = Literal[1, 2, 3]
@@ -59,7 +59,7 @@ class Downsample(layers.Downsample):
             self.op = CONVOLUTIONS[dims](channels, out_channels, 3, stride=stride, padding=1)  # type: ignore[arg-type]
 
 
-class ResBlock(layers.ResBlock, TimestepBlock):
+class ResBlock(blocks.ResBlock, TimestepBlock):
     """Two GroupNorm-SiLU-convolution layers around the embedding; ``up`` or ``down`` resamples inside."""
 
     def __init__(
@@ -97,7 +97,7 @@ class ResBlock(layers.ResBlock, TimestepBlock):
         return super().forward(x, F.silu(emb), skip)
 
 
-class AttentionBlock(layers.AttentionBlock):
+class AttentionBlock(blocks.AttentionBlock):
     """Self-attention over the pixels of a map [B, C, *space]."""
 
     def __init__(

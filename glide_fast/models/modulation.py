@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast import ops
-from glide_fast.models.layers import ResBlock, is_watched
+from glide_fast.models.blocks import ResBlock
+from glide_fast.models.layers import is_watched
 from glide_fast.models.together import can_be_together, together
 
 Modulations: TypeAlias = dict[nn.Module, tuple[Tensor, ...]]  # scale and shift, or what is added, [B, ...]

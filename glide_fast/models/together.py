@@ -50,7 +50,7 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs_x, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-        grad_x, grad_weight = BACKWARD(grad, x, torch.cat(weights), needs_x, needs_weights)
+        grad_x, grad_weight = BACKWARD(grad, x, None, torch.cat(weights), needs_x, needs_weights)
         if not needs_weights:
             return grad_x, None, *[None] * 2 * len(weights)
         rows = [len(each) for each in weights]

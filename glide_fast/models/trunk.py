@@ -14,17 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 from glide_fast.models.conditioning import TextConditioned, TextConfig
-from glide_fast.models.layers import (
-    CONVOLUTIONS,
-    AttentionBlock,
-    Downsample,
-    Linear,
-    ResBlock,
-    Upsample,
-    is_plain,
-    timestep_embedding,
-)
+from glide_fast.models.layers import CONVOLUTIONS, Downsample, Linear, Upsample, is_plain, timestep_embedding
 from glide_fast.models.modulation import Modulations, modulations
 from glide_fast.ops import AttentionOrder
 

@@ -13,16 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_fast import ops
+from glide_fast.models.blocks import AttentionBlock
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
-from glide_fast.models.layers import (
-    CONVOLUTIONS,
-    AttentionBlock,
-    GroupNorm,
-    activated_convolution,
-    is_fused,
-    is_plain,
-    zeroed,
-)
+from glide_fast.models.fused import activated_convolution, is_fused
+from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, is_plain, zeroed
 from glide_fast.models.modulation import Timetable, timetable
 from glide_fast.models.together import can_be_together, together
 from glide_fast.models.trunk import Given, Timed, Trunk, UNetConfig

@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from glide_fast.ops.dispatch import is_served
+from glide_fast.ops.dispatch import has_kernel
 
 # A residual block's last convolution and the 1x1 beside it get the same gradient, and each keeps its bias's.
 COPIES = 2
@@ -47,8 +46,7 @@ def wanted(op: str, x: Tensor, *, learning: bool) -> int:
 
     Nor where its own parameters are not ``learning``: the biases before it will hardly do so either.
     """
-    served = x.is_cuda and not torch.compiler.is_compiling() and is_served(op, x.device)
-    return COPIES if learning and served else 0
+    return COPIES if learning and has_kernel(op, x) else 0
 
 
 def remember(gradient: Tensor, dim: int, sums: Tensor) -> None:

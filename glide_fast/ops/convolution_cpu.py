@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glide_fast.ops import memory, reference
+from glide_fast.ops import memory, reference, sources
 from glide_fast.ops import norm_convolution as op
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.group_norm import resampled_shape
@@ -120,6 +120,7 @@ def norm_convolution(
 def norm_convolution_backward(
     grad: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     scale: Tensor | None,
@@ -138,11 +139,12 @@ def norm_convolution_backward(
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `norm_convolution_backward`."""
+    x = sources.joined(x, skip, 1)
     wide = x.to(weight.dtype)
     tile = winograd_tile(wide, mode, weight, min(weight.shape[:2]))
     if not tile:
         return op.composed_backward(
-            grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
+            grad, x, None, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
             needs_x, needs_weight, summand, second, sums,
         )  # fmt: skip
     grad, wide = _channels_last(grad), _channels_last(wide)

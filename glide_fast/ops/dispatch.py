@@ -118,6 +118,11 @@ def is_served(op: str, device: torch.device) -> bool:
     return importlib.import_module("glide_fast.kernels.launch").too_old(device) is None
 
 
+def has_kernel(op: str, x: torch.Tensor) -> bool:
+    """Whether an op of x is a kernel of its GPU's now: compiled code is never told so."""
+    return x.is_cuda and not torch.compiler.is_compiling() and is_served(op, x.device)
+
+
 class use_reference(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (reads as a verb)
     """Context in which every glide_fast op, forward and backward, is served by its reference.
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
 from glide_fast.ops import column_sums, reference
-from glide_fast.ops.dispatch import define, differentiable, is_served, needs_gradient
+from glide_fast.ops.dispatch import define, differentiable, has_kernel, needs_gradient
 from glide_fast.ops.group_norm import check, fake_backward, fake_forward, group_norm
 
 WORDS = 4  # that one counter of Philox gives: those of four neighbouring channels
@@ -214,12 +214,10 @@ def _is_capturing() -> bool:
 def _is_fused(x: Tensor) -> bool:
     """Whether a kernel serves x now: compiled and captured code would repeat the seed it was made with."""
     return (
-        x.is_cuda
-        and x.ndim in (3, 4, 5)
+        x.ndim in (3, 4, 5)
         and x.dtype in _DTYPES
-        and not torch.compiler.is_compiling()
         and not _is_capturing()
-        and is_served("dropped_group_norm", x.device)
+        and has_kernel("dropped_group_norm", x)
     )
 
 

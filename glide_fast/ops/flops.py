@@ -76,7 +76,7 @@ def _norm_convolution_backward(
     *rest: Any,
     out_shape: Any = None,  # noqa: ARG001
 ) -> int:
-    weight, _bias, needs_x, needs_weight = rest[10:14]
+    weight, _bias, needs_x, needs_weight = rest[11:15]
     return int(needs_x + needs_weight) * _product(grad, weight)
 
 
@@ -91,6 +91,7 @@ def _linear(
 def _linear_backward(
     grad: torch.Size,
     _x: torch.Size,
+    _second: torch.Size | None,
     weight: torch.Size,
     needs_x: bool,
     needs_weight: bool,

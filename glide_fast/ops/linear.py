@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glide_fast.ops import activation as activations
-from glide_fast.ops import column_sums, reference
+from glide_fast.ops import column_sums, reference, sources
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.eager import eagerly
 from glide_fast.ops.packed import trained
@@ -41,21 +41,27 @@ def composed(
     kind: int,
 ) -> Tensor:
     """The op by PyTorch's own, and the activation's op."""
-    y = F.linear(x if second is None else torch.cat([x, second], dim=-1), weight.flatten(1), bias)
+    y = F.linear(sources.joined(x, second, -1), weight.flatten(1), bias)
     if kind != reference.ACTIVATION_NONE:
         y = activations.FORWARD(y, kind)
     return y if residual is None else y + residual
 
 
 def composed_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+    grad: Tensor, x: Tensor, second: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients by PyTorch's own."""
     grad_x = grad @ weight.flatten(1) if needs_x else reference.nothing(x)
     if not needs_weight:
         return grad_x, reference.nothing(x)
-    grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    return grad_x, grad_weight.view(weight.shape)
+    columns = grad.reshape(-1, grad.shape[-1]).t()
+    if second is None:
+        return grad_x, (columns @ x.reshape(-1, x.shape[-1])).view(weight.shape)
+    grad_weight = weight.new_empty(weight.shape)
+    sides = sources.apart(grad_weight.flatten(1), x, second, -1)
+    for part, side in zip((x, second), sides, strict=True):
+        torch.mm(columns, part.reshape(-1, part.shape[-1]), out=side)
+    return grad_x, grad_weight
 
 
 def _fake_forward(
@@ -72,11 +78,14 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor,  # noqa: ARG001 (a fake has the op's signature)
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_x else 0), weight.new_empty(weight.shape if needs_weight else 0)
+    features = sources.width(x, second, -1)
+    grad_x = x.new_empty((*x.shape[:-1], features) if needs_x else 0)
+    return grad_x, weight.new_empty(weight.shape if needs_weight else 0)
 
 
 FORWARD = define(
@@ -88,7 +97,8 @@ FORWARD = define(
 )
 BACKWARD = define(
     "linear_backward",
-    "(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? second, Tensor weight, bool needs_x, bool needs_weight)"
+    " -> (Tensor, Tensor)",
     reference.linear_backward,
     _fake_backward,
     default=composed_backward,
@@ -101,6 +111,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         keyset: Any,
         x: Tensor,
+        second: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -109,31 +120,34 @@ class _Linear(torch.autograd.Function):
         """With an activation, what it is applied to is kept: it is as large as the output."""
         ctx.kind = kind
         below = keyset & torch._C._after_autograd_keyset
-        arguments = (x, None, trained(weight), bias)
+        arguments = (x, second, trained(weight), bias)
         output: Tensor
         if kind == reference.ACTIVATION_NONE:
-            ctx.save_for_backward(x, weight, None)
+            ctx.save_for_backward(x, second, weight, None)
             output = FORWARD.redispatch(below, *arguments, residual, kind)
             return output
         before = FORWARD.redispatch(below, *arguments, None, reference.ACTIVATION_NONE)
-        ctx.save_for_backward(x, weight, before)
+        ctx.save_for_backward(x, second, weight, before)
         output = activations.FORWARD(before, kind)
         return output if residual is None else output + residual
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        x, weight, before = ctx.saved_tensors
+        _, needs_x, needs_second, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        x, second, weight, before = ctx.saved_tensors
         inner = grad
         if before is not None:
             sums = min(1, column_sums.wanted("activation_backward", before, learning=needs_bias))
             inner, columns = activations.BACKWARD(grad, before, ctx.kind, sums)
             column_sums.remember(inner, -1, columns)
-        grad_x, grad_weight = BACKWARD(inner, x, weight, needs_x, needs_weight)
+        needs_either = needs_x or needs_second
+        both, grad_weight = BACKWARD(inner, x, second, weight, needs_either, needs_weight)
+        grad_x, grad_second = sources.apart(both, x, second, -1) if needs_either else (None, None)
         return (
             None,
             grad_x if needs_x else None,
+            grad_second if needs_second else None,
             grad_weight if needs_weight else None,
             column_sums.bias_gradient(inner, -1) if needs_bias else None,
             grad if needs_residual else None,
@@ -143,8 +157,7 @@ class _Linear(torch.autograd.Function):
 
 def _autograd(keyset: Any, x: Tensor, second: Tensor | None, *rest: Any) -> Any:
     if needs_gradient((x, second, *rest[:3])):
-        joined = x if second is None else torch.cat([x, second], dim=-1)
-        return _Linear.apply(keyset, joined, *rest)  # type: ignore[no-untyped-call]
+        return _Linear.apply(keyset, x, second, *rest)  # type: ignore[no-untyped-call]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, second, *rest)
 
 
@@ -178,7 +191,7 @@ def linear(
     """
     if second is not None and second.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"second {tuple(second.shape)} must match x {tuple(x.shape)} but for the last size")
-    features = x.shape[-1] + (0 if second is None else second.shape[-1])
+    features = sources.width(x, second, -1)
     if weight.ndim < 2 or math.prod(weight.shape[1:]) != features:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the input needs [K, {features}]")
     output = (*x.shape[:-1], weight.shape[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glide_fast.ops import activation as activations
 from glide_fast.ops import linear as op
-from glide_fast.ops import memory, reference
+from glide_fast.ops import memory, reference, sources
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.packed import packed
 
@@ -72,12 +72,13 @@ def linear(
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+    grad: Tensor, x: Tensor, second: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The op `linear_backward`."""
+    x = sources.joined(x, second, -1)
     rows, grad_rows = _rows(x), _rows(grad)
     if not _is_served(grad, x, weight) or len(rows) < _FEWEST_ROWS:
-        return op.composed_backward(grad, x, weight, needs_x, needs_weight)
+        return op.composed_backward(grad, x, None, weight, needs_x, needs_weight)
     features = x.shape[-1]
     grad_x, grad_weight = reference.nothing(x), reference.nothing(x)
     if needs_x:

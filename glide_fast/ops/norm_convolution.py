@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glide_fast.ops import column_sums, reference
+from glide_fast.ops import column_sums, reference, sources
 from glide_fast.ops import group_norm as norm
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.eager import eagerly
 from glide_fast.ops.group_norm import Resample
 from glide_fast.ops.packed import trained
-
-
-def concatenated(x: Tensor, skip: Tensor | None) -> Tensor:
-    """The input's two parts side by side."""
-    return x if skip is None else torch.cat([x, skip], dim=1)
 
 
 def widens(x: torch.dtype, weight: torch.dtype) -> bool:
@@ -78,7 +73,7 @@ def composed(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op out of the device's group norm and PyTorch's convolution."""
-    x = concatenated(x, skip).to(weight.dtype)
+    x = sources.joined(x, skip, 1).to(weight.dtype)
     y, mean, rstd = _activated(x, norm_weight, norm_bias, scale, shift, groups, eps, mode)
     return convolve(y, weight, bias, residual), mean, rstd
 
@@ -91,6 +86,7 @@ def bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor:
 def composed_backward(
     grad: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     scale: Tensor | None,
@@ -109,6 +105,7 @@ def composed_backward(
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients out of the device's group norm and PyTorch's convolution."""
+    x = sources.joined(x, skip, 1)
     if needs_weight:
         y = _activated(x.to(weight.dtype), norm_weight, norm_bias, scale, shift, groups, eps, mode)[0]
     else:  # its values are not read
@@ -179,6 +176,7 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     scale: Tensor | None,
@@ -200,7 +198,8 @@ def _fake_backward(
         return x.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
 
     grad_norm_weight, grad_norm_bias = like(norm_weight, needs_x), like(norm_bias, needs_x)
-    grad_x = like(x, needs_x)
+    channels = sources.width(x, skip, 1)
+    grad_x = x.new_empty((len(x), channels, *x.shape[2:]) if needs_x else 0)
     if needs_x:
         grad_x = grad_x.contiguous(memory_format=reference.memory_format(x))
     grad_bias = grad.new_empty(0 if bias is None else bias.shape)
@@ -208,7 +207,7 @@ def _fake_backward(
     grad_weight = like(weight, needs_weight)
     if needs_weight:
         grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
-    found = x.new_empty((sums, x.shape[1]) if sums and needs_x else 0)
+    found = x.new_empty((sums, channels) if sums and needs_x else 0)
     return grad_x, grad_norm_weight, grad_norm_bias, *film, grad_weight, grad_bias, found
 
 
@@ -223,9 +222,9 @@ FORWARD = define(
 )
 BACKWARD = define(
     "norm_convolution_backward",
-    "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift,"
-    " Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias, bool needs_x,"
-    " bool needs_weight, Tensor? summand=None, Tensor? second=None, int sums=0)"
+    "(Tensor grad, Tensor x, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale,"
+    " Tensor? shift, Tensor mean, Tensor rstd, int groups, float eps, int mode, Tensor weight, Tensor? bias,"
+    " bool needs_x, bool needs_weight, Tensor? summand=None, Tensor? second=None, int sums=0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.norm_convolution_backward,
     _fake_backward,
@@ -242,42 +241,53 @@ def _residual_gradient(grad: Tensor, space: torch.Size) -> Tensor:
 class _NormConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: Callable[..., Any], x: Tensor, *args: Any
+        ctx: Any, call: Callable[..., Any], x: Tensor, skip: Tensor | None, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The op, by ``call``, and x itself twice: what comes back for those are other paths' gradients."""
+        """The op, by ``call``, then x and skip themselves, or x twice where there is no skip.
+
+        What comes back for those are other paths' gradients.
+        """
         *film, groups, eps, mode, weight, bias, residual = args
-        output, mean, rstd = call(x, None, *film, groups, eps, mode, trained(weight), bias, residual)
-        ctx.save_for_backward(x, *film, mean, rstd, weight, bias)
+        output, mean, rstd = call(x, skip, *film, groups, eps, mode, trained(weight), bias, residual)
+        ctx.save_for_backward(x, skip, *film, mean, rstd, weight, bias)
         ctx.settings = groups, eps, mode
+        ctx.has_skip = skip is not None
         ctx.residual_space = None if residual is None else residual.shape[2:]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return output, mean, rstd, x, x
+        return output, mean, rstd, x, x if skip is None else skip
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *further: Tensor | None) -> tuple[Tensor | None, ...]:
         summand, second = further[2:]
         if grad is None:
-            return None, reference.sum_of(summand, second), *(None,) * 11
-        if summand is None:
-            summand, second = second, None
+            if not ctx.has_skip:
+                summand, second = reference.sum_of(summand, second), None
+            return None, summand, second, *(None,) * 10
         *saved, weight, bias = ctx.saved_tensors
+        x, skip = saved[:2]
+        if skip is not None:
+            summand, second = sources.together(summand, second, x, skip, 1), None
+        elif summand is None:
+            summand, second = second, None
         needs = ctx.needs_input_grad[1:]
-        needs_x, needs_weight = any(needs[:5]), needs[8]
+        needs_x, needs_weight = any(needs[:6]), needs[9]
         common = bias is not None and bias.ndim == 1  # its gradient may be known already
         sums = 0
-        if needs_x and saved[1] is not None:
-            sums = column_sums.wanted("norm_convolution_backward", grad, learning=any(needs[1:3]))
+        if needs_x and saved[2] is not None:
+            sums = column_sums.wanted("norm_convolution_backward", grad, learning=any(needs[2:4]))
         others = weight, None if common else bias, needs_x, needs_weight, summand, second, sums
         gradients = BACKWARD(grad, *saved, *ctx.settings, *others)
         column_sums.remember(gradients[0], 1, gradients[7])
-        inner = [each if wanted else None for each, wanted in zip(gradients[:5], needs[:5], strict=True)]
+        parts = sources.apart(gradients[0], x, skip, 1) if needs_x else (None, None)
+        found = *parts, *gradients[1:5]
+        inner = [each if wanted else None for each, wanted in zip(found, needs[:6], strict=True)]
         grad_weight = gradients[5] if needs_weight else None
         grad_bias = None
-        if needs[9]:
+        if needs[10]:
             grad_bias = column_sums.bias_gradient(grad, 1) if common else gradients[6]
-        grad_residual = _residual_gradient(grad, ctx.residual_space) if needs[10] else None
+        grad_residual = _residual_gradient(grad, ctx.residual_space) if needs[11] else None
         return None, *inner, None, None, None, grad_weight, grad_bias, grad_residual
 
 
@@ -285,7 +295,7 @@ def _autograd(keyset: Any, x: Tensor, skip: Tensor | None, *args: Any) -> Any:
     tensors = (x, skip, *(each for each in args if isinstance(each, Tensor)))
     if needs_gradient(tensors):
         call = functools.partial(FORWARD.redispatch, keyset & torch._C._after_autograd_keyset)
-        found: Any = _NormConvolution.apply(call, concatenated(x, skip), *args)  # type: ignore[no-untyped-call]
+        found: Any = _NormConvolution.apply(call, x, skip, *args)  # type: ignore[no-untyped-call]
         return found[:3]
     return FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, x, skip, *args)
 
@@ -308,7 +318,7 @@ def _check(
         )
     if skip is not None and (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"skip {tuple(skip.shape)} must have the batch and the space of x {tuple(x.shape)}")
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    channels = sources.width(x, skip, 1)
     odd = all(size % 2 for size in weight.shape[2:])
     if weight.ndim != x.ndim or weight.shape[1] != channels or not odd:
         raise ValueError(
@@ -398,32 +408,34 @@ def norm_convolution_beside(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    skip: Tensor | None = None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     groups: int = 32,
     eps: float = 1e-5,
     resample: Resample = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`norm_convolution`, and x for each of two paths beside it.
+    """:func:`norm_convolution`, and x for each of two paths beside it; or x and ``skip`` for one.
 
-    In training the second and the third are views of x. Who reads one in place of x has its gradient added as
-    this op's backward pass writes its own, which saves autograd a sum of two maps.
+    In training the second and the third are views. Who reads them in place of x and skip has its gradient
+    added as this op's backward pass writes its own, which saves autograd a sum of two maps.
 
     Raises:
         ValueError: as :func:`norm_convolution`.
     """
-    if not needs_gradient([x]) or torch.compiler.is_compiling():
+    if not needs_gradient([x, skip]) or torch.compiler.is_compiling():
         y = norm_convolution(
-            x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, groups=groups, eps=eps,
+            x, weight, bias, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, groups=groups, eps=eps,
             resample=resample,
         )  # fmt: skip
-        return y, x, x
+        return y, x, x if skip is None else skip
     mode = norm.mode_of(resample)
-    _check(x, None, weight, bias, None, norm.resampled_shape(x, mode))
+    _check(x, skip, weight, bias, None, norm.resampled_shape(x, mode))
     norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
     found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
         functools.partial(eagerly, FORWARD),
         x,
+        skip,
         norm_weight,
         norm_bias,
         None,

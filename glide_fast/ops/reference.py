@@ -265,6 +265,7 @@ def _padding(weight: Tensor) -> list[int]:
 def norm_convolution_backward(
     grad: Tensor,  # [B, K, *space]
     x: Tensor,  # [B, C, *space]
+    skip: Tensor | None,  # [B, S, *space]
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     scale: Tensor | None,
@@ -278,14 +279,15 @@ def norm_convolution_backward(
     bias: Tensor | None,
     needs_x: bool,
     needs_weight: bool,
-    summand: Tensor | None = None,  # like x
-    second: Tensor | None = None,  # like x
+    summand: Tensor | None = None,  # [B, C + S, *space]
+    second: Tensor | None = None,  # likewise
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (plus ``summand`` and ``second``), norm_weight, norm_bias, scale, shift, weight, bias.
+    """Gradients of [x, skip] plus summands, of norm_weight, norm_bias, scale, shift, weight and bias.
 
-    Those that are not needed are empty. Behind them are copies of the first's sums [n, C].
+    Those that are not needed are empty. Behind them are copies of the first's sums [n, C + S].
     """
+    x = x if skip is None else torch.cat([x, skip], dim=1)
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     if norm_weight is None or norm_bias is None:
@@ -395,11 +397,13 @@ def linear(
 def linear_backward(
     grad: Tensor,  # [..., K]
     x: Tensor,  # [..., C]
-    weight: Tensor,  # [K, C, *ones]
+    second: Tensor | None,  # [..., S]
+    weight: Tensor,  # [K, C + S, *ones]
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; empty where not needed."""
+    """Gradients of [x, second] and weight; empty where not needed."""
+    x = x if second is None else torch.cat([x, second], dim=-1)
     dtype = compute_dtype(x.dtype)
     flat = grad.to(dtype).reshape(-1, grad.shape[-1])
     grad_x = (grad.to(dtype) @ weight.flatten(1).to(dtype)).to(x.dtype) if needs_x else nothing(x)

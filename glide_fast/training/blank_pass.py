@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from glide_fast.diffusion import GaussianDiffusion, Schedule, hybrid_loss, simple_loss
 from glide_fast.models import ModelConfig, UNet
+from glide_fast.models.blocks import ResBlock
 from glide_fast.models.configs import Config
 from glide_fast.models.encoder import EncoderConfig, EncoderUNet
-from glide_fast.models.layers import ResBlock
 from glide_fast.models.noisy_clip import NoisyCLIPConfig, Tower
 from glide_fast.models.trunk import Stage
 from glide_fast.training.tasks.clip import LearningCLIP

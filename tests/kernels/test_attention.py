@@ -12,7 +12,7 @@ from torch import Tensor
 from glide_fast.kernels import attention as forward
 from glide_fast.kernels import attention_backward as backward
 from glide_fast.kernels import column_sums, configurations, launch
-from glide_fast.models.layers import AttentionBlock
+from glide_fast.models.blocks import AttentionBlock
 from glide_fast.ops import AttentionOrder, dispatch, use_reference
 from glide_fast.ops.projected_attention import views_of
 from tests.kernels.compiled import compile_cases, rehearse

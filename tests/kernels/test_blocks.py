@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glide_fast.models import blocks
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 from glide_fast.models.clip import ClipBlock
-from glide_fast.models.layers import AttentionBlock, GroupNorm, ResBlock
+from glide_fast.models.layers import GroupNorm
 from glide_fast.models.transformer import TransformerBlock
 from glide_fast.ops import column_sums, use_reference
 from tests.kernels.interpreter import DEVICE, use_kernels
@@ -39,9 +41,10 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def sums_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward passes leave the sums of a bias's gradient for it here too."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes leave the sums of a bias's gradient for it, and decoders' inputs stay apart."""
     monkeypatch.setattr(column_sums, "wanted", lambda _op, _x, *, learning: column_sums.COPIES * learning)
+    monkeypatch.setattr(blocks, "stay_apart", lambda _x: True)
 
 
 def compare(module: nn.Module, *inputs: Any) -> None:
@@ -65,6 +68,9 @@ def test_a_residual_block_learns_alike(resample: Any, scale_shift_norm: bool) ->
     compare(filled(block), draw(2, 12, 6, 4), draw(2, 16))
 
 
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
 class WithInput(nn.Module):
     """A block's map, and beside it what another reader makes of the block's input."""
 
@@ -83,17 +89,29 @@ def test_a_residual_block_and_another_reader_learn_alike(resample: Any) -> None:
     compare(WithInput(filled(block)), draw(2, 12, 6, 4), draw(2, 16))
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_a_decoders_block_reads_both_inputs_where_they_lie(channels_last: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_decoders_block_reads_both_inputs_where_they_lie(layout: torch.memory_format) -> None:
     block = filled(ResBlock(20, 12, 16, norm_groups=4))
-    x, embedding, skip = draw(2, 12, 6, 4), draw(2, 16), draw(2, 8, 6, 4)
-    skip = skip if channels_last else skip.contiguous()
+    x, embedding, skip = draw(2, 12, 6, 4), draw(2, 16), draw(2, 8, 6, 4).contiguous(memory_format=layout)
     with torch.no_grad():
         with use_kernels():
             y = block(x, embedding, skip)
         with use_reference():
             expected = block.double()(x.double(), embedding.double(), skip.double())
     close(y, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("resample", ["none", "up", "down"])
+@pytest.mark.parametrize("channels", [13, 16])
+def test_a_decoders_block_learns_alike(channels: int, resample: Any, layout: torch.memory_format) -> None:
+    block = ResBlock(20, 12, 16, norm_groups=4, resample=resample)
+    x, skip = draw(2, channels, 6, 4), draw(2, 20 - channels, 6, 4).contiguous(memory_format=layout)
+    compare(filled(block), x, draw(2, 16), skip)
+
+
+def test_a_decoders_block_without_a_projection_learns_alike() -> None:
+    compare(filled(ResBlock(20, 20, 16, norm_groups=4)), draw(2, 13, 6, 4), draw(2, 16), draw(2, 7, 6, 4))
 
 
 def test_an_attention_block_learns_alike() -> None:
@@ -134,6 +152,50 @@ def test_no_gradient_is_read_again_for_its_bias(monkeypatch: pytest.MonkeyPatch)
     # Of queries, keys and values, and of the timestep's projections; not of maps.
     assert all(len(shape) < 4 and shape != (2, 24, 16) for shape in sums)
     compare(chain, draw(2, 8, 6, 4), draw(2, 16))
+
+
+class Level(nn.Module):
+    """A level of a U-Net in small: a map goes on to the next block, and beside it to a decoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = ResBlock(8, 12, 16, norm_groups=4)
+        self.middle = ResBlock(12, 16, 16, norm_groups=4)
+        self.decoder = ResBlock(28, 16, 16, norm_groups=4)
+        self.norm = GroupNorm(16, 4)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y, skip = self.middle.with_input(self.encoder(x, embedding), embedding)
+        result: Tensor = self.norm(self.decoder(y, embedding, skip))
+        return result
+
+
+def test_a_level_learns_alike() -> None:
+    compare(filled(Level()), draw(2, 8, 6, 4), draw(2, 16))
+
+
+def test_a_decoder_joins_no_maps_and_no_bias_reads_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, parts = [], []
+    plain, join = Tensor.sum, torch.cat
+
+    def counted(tensor: Tensor, *args: Any) -> Tensor:
+        sums.append(tensor.shape)
+        return plain(tensor, *args)
+
+    def seen(tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+        parts.extend(each.shape for each in tensors)
+        return join(tensors, *args, **kwargs)
+
+    level = filled(Level())
+    x = draw(2, 8, 6, 4).requires_grad_()
+    with use_kernels():
+        monkeypatch.setattr(torch, "cat", seen)
+        y = level(x, draw(2, 16))
+        monkeypatch.setattr(Tensor, "sum", counted)
+        y.backward(draw(2, 16, 6, 4))
+    monkeypatch.undo()
+    assert sums == [(2, 32)] * 2 + [(2, 24)]  # of what the blocks make of the timestep
+    assert all(len(shape) < 4 for shape in parts)  # float32 tokens are joined by who multiplies them
 
 
 @pytest.mark.parametrize("copies", [0, 2])

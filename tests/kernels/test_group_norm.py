@@ -99,22 +99,29 @@ def assert_forward(case: Case) -> None:
 
 
 def assert_backward(case: Case) -> None:
-    x, _, *parameters = case.inputs()
+    x, skip, *parameters = case.inputs()
+    both = x if skip is None else torch.cat([x, skip], dim=1)
     exact_statistics = exact_forward(case)[1:]
     generator = torch.Generator().manual_seed(7)
-    grad = torch.randn(resampled_shape(x, case.mode), generator=generator).to(DEVICE, case.dtype)
+    grad = torch.randn(resampled_shape(both, case.mode), generator=generator).to(DEVICE, case.dtype)
     grad = laid_out(grad, case.layout)
     saved = [value.float() for value in exact_statistics]
     settings = case.silu, case.mode
     summand = None
     if len(x) > 1:  # the gradient of another path, in a wider tensor of its own
-        drawn = torch.randn((x.shape[0], x.shape[1] + 3, *x.shape[2:]), generator=generator)
+        drawn = torch.randn((len(x), both.shape[1] + 3, *x.shape[2:]), generator=generator)
         summand = laid_out(drawn.to(DEVICE, case.dtype), case.layout)[:, 3:]
-    actual = backward.group_norm_backward(grad, x, *parameters, *saved, *settings, summand, COPIES)
+    if skip is None:
+        actual = backward.group_norm_backward(grad, x, *parameters, *saved, *settings, summand, COPIES)
+    else:
+        norm = tiles.Norm(*parameters, case.groups, EPS, *settings)
+        further = backward.Further(summand, sums=COPIES, skip=skip)
+        actual = backward.gradients(norm, grad, x, tiles.Statistics(*saved), further)
     exact = reference.group_norm_backward(
-        grad.double(), x.double(), *map(wide, parameters), *exact_statistics, *settings, wide(summand), COPIES
-    )
-    assert actual[0].stride() == torch.empty_like(x, memory_format=reference.memory_format(x)).stride()
+        grad.double(), both.double(), *map(wide, parameters), *exact_statistics, *settings, wide(summand),
+        COPIES,
+    )  # fmt: skip
+    assert actual[0].stride() == torch.empty_like(both, memory_format=reference.memory_format(x)).stride()
     for value, right, like in zip(actual, exact, (x, *parameters, x), strict=True):
         assert value.shape == right.shape
         if like is not None:
@@ -123,23 +130,30 @@ def assert_backward(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(shape=(2, 48, 9, 8), groups=4), Case(shape=(3, 20, 33), groups=5, silu=False)], ids=str
+    "case",
+    [
+        Case(shape=(2, 48, 9, 8), groups=4),
+        Case(shape=(3, 20, 33), groups=5, silu=False),
+        Case(shape=(2, 33, 5, 7), skip=15, groups=4),
+    ],
+    ids=str,
 )
 def test_two_paths_join_and_the_norm_is_left_for_who_needs_it(case: Case) -> None:
-    x, _, *parameters = case.inputs()
+    x, skip, *parameters = case.inputs()
+    both = x if skip is None else torch.cat([x, skip], dim=1)
     y, *saved = (each.float() for each in exact_forward(case))
     draws = torch.Generator().manual_seed(7)
-    grad, summand, second = (torch.randn(x.shape, generator=draws).to(DEVICE, case.dtype) for _ in range(3))
+    grad, summand, second = (torch.randn(y.shape, generator=draws).to(DEVICE, case.dtype) for _ in range(3))
     activated = torch.full_like(y, float("nan"))
     norm = tiles.Norm(*parameters, case.groups, EPS, case.silu, case.mode)
-    further = backward.Further(summand, second, sums=3, activated=activated)
+    further = backward.Further(summand, second, sums=3, activated=activated, skip=skip)
     actual = backward.gradients(norm, grad, x, tiles.Statistics(*saved), further)
     exact = reference.group_norm_backward(
-        *map(wide, (grad, x, *parameters, *saved)), case.silu, case.mode, wide(summand + second), 3
+        *map(wide, (grad, both, *parameters, *saved)), case.silu, case.mode, wide(summand + second), 3
     )
     for value, right in zip((*actual, activated), (*exact, wide(y)), strict=True):
         assert error(value, right) <= TOLERANCE[case.dtype]
-    assert actual[5].shape == (3, x.shape[1])
+    assert actual[5].shape == (3, both.shape[1])
 
 
 # Groups of 6 to 48 channels, and odd ones; maps that fill no tile; what lies in two tile columns.
@@ -152,6 +166,14 @@ ODD = (
     Case(shape=(1, 20, 3, 5, 4), groups=5),
     Case(shape=(2, 8, 1, 1), groups=2),
     Case(shape=(1, 1, 5, 7), groups=1),
+)
+SOURCES: Any = pytest.mark.parametrize(
+    ("channels", "skip", "mode", "layout"),
+    [
+        (*sizes, layout)
+        for sizes in ((24, 48, NONE), (70, 20, DOWN), (5, 1, UP))
+        for layout in ("channels_last", "contiguous", "channels_last_sliced")
+    ],
 )
 KINDS = tuple(itertools.product((False, True), (False, True), (NONE, UP, DOWN)))
 
@@ -224,18 +246,29 @@ def test_every_layout_is_read_and_its_format_kept(layout: Layout, mode: int) -> 
 
 
 @pytest.mark.usefixtures("one_pass")
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channels_last_sliced"])
-@pytest.mark.parametrize(("channels", "skip", "mode"), [(24, 48, NONE), (70, 20, DOWN), (5, 1, UP)])
+@SOURCES
 def test_two_sources_are_as_one(channels: int, skip: int, mode: int, layout: Layout) -> None:
     assert_forward(Case(shape=(2, channels, 6, 5), skip=skip, groups=6, mode=mode, layout=layout))
+
+
+@SOURCES
+def test_gradients_of_two_sources_are_those_of_one(
+    channels: int, skip: int, mode: int, layout: Layout
+) -> None:
+    assert_backward(Case(shape=(2, channels, 6, 5), skip=skip, groups=6, mode=mode, layout=layout))
 
 
 def test_sources_of_different_formats_are_read() -> None:
     case = Case(shape=(1, 12, 6, 5), skip=6, groups=3)
     x, skip, *parameters = case.inputs()
     norm = tiles.Norm(*parameters, 3, EPS, True, NONE)
-    y, _ = forward.normalise(norm, x, skip.contiguous(), memory_format=torch.channels_last)
+    y, statistics = forward.normalise(norm, x, skip.contiguous(), memory_format=torch.channels_last)
     assert error(y, exact_forward(case)[0]) <= 1e-6
+    results = (
+        backward.gradients(norm, y, x, statistics, backward.Further(skip=each))
+        for each in (skip, skip.contiguous())
+    )
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_saved_statistics_are_used_as_they_are() -> None:
@@ -336,6 +369,8 @@ def test_resources_hold_to_the_budget() -> None:
         ("group_norm", "sm_80", "group_norm apply 64²x384+192 film False mode 0"),
         ("group_norm_backward", "sm_90", "group_norm_backward sums 64²x192 film True mode 0"),
         ("group_norm_backward", "sm_90", "group_norm_backward dx 64²x192 film True mode 0"),
+        ("group_norm_backward", "sm_80", "group_norm_backward sums 64²x384+192 film False mode 0"),
+        ("group_norm_backward", "sm_120", "group_norm_backward dx 64²x384+192 film False mode 0"),
     ]
     for row in compile_cases(wanted):
         backwards, one_pass = row["name"].startswith("group_norm_backward"), "one_pass" in row["name"]

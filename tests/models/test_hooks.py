@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glide_fast.models.blocks import ResBlock
 from glide_fast.models.branch import Block
 from glide_fast.models.clip import CLIP, ClipBlock, CLIPConfig, VisionTransformer, VisionTransformerConfig
-from glide_fast.models.layers import Conv2d, Linear, ResBlock
+from glide_fast.models.layers import Conv2d, Linear
 from glide_fast.models.noisy_clip import Block as NoisyBlock
 from glide_fast.models.transformer import TransformerBlock
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_fast.models import UNet
-from glide_fast.models.layers import ResBlock
+from glide_fast.models.blocks import ResBlock
 from glide_fast.models.modulation import joined, modulations, projected
 from tests.models.tiny import noise, prompt, tiny
 

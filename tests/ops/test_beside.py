@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glide_fast import ops
-from glide_fast.models.layers import AttentionBlock, ResBlock
+from glide_fast.models.blocks import AttentionBlock, ResBlock
 
 CHANNELS, OUT, GROUPS = 24, 16, 4
 Paths = Callable[..., tuple[Tensor, ...]]
@@ -48,11 +48,32 @@ def convolved_apart(
     return y, x, x
 
 
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoder's two inputs of one: more channels in the second."""
+    return x[:, :7], x[:, 7:].contiguous(memory_format=torch.channels_last)
+
+
+def decoded(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Tensor) -> tuple[Tensor, ...]:
+    own, skip = halves(x)
+    return ops.norm_convolution_beside(
+        own, kernel, more, skip=skip, norm_weight=weight, norm_bias=bias, groups=GROUPS
+    )
+
+
+def decoded_apart(
+    x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, more: Tensor
+) -> tuple[Tensor, ...]:
+    y = ops.norm_convolution(x, kernel, more, norm_weight=weight, norm_bias=bias, groups=GROUPS)
+    return y, *halves(x)
+
+
 NORM, CONVOLUTION = (normalised, normalised_apart), (convolved, convolved_apart)
+DECODER = (decoded, decoded_apart)
 # With the places of those results whose gradients come back.
 USES = [
     *((NORM, used) for used in ("0", "1", "01")),
     *((CONVOLUTION, used) for used in ("0", "1", "2", "01", "02", "12", "012")),
+    *((DECODER, used) for used in ("0", "1", "2", "01", "02", "12", "012")),
 ]
 
 

@@ -116,7 +116,7 @@ def test_opcheck_of_norm_convolution_backward(
     output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, *arguments)
     _skip, *film, groups, eps, mode, weight, bias, _residual = arguments
     grad = torch.randn_like(output)
-    given = grad, x, *film, mean, rstd, groups, eps, mode, weight, bias, *needs
+    given = grad, x, None, *film, mean, rstd, groups, eps, mode, weight, bias, *needs
     torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, given)
     if needs == (True, False):  # with what comes back for two paths beside
         beside = torch.randn_like(x), torch.randn_like(x)
@@ -125,6 +125,18 @@ def test_opcheck_of_norm_convolution_backward(
             (*given, *beside, 2),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_the_gradients_of_two_inputs(dtype: torch.dtype) -> None:
+    x, skip, *others = detached(convolution_arguments(CONVOLUTIONS[0], dtype))
+    assert skip is not None
+    output, mean, rstd = torch.ops.glide_fast.norm_convolution(x, skip, *others)
+    *film, groups, eps, mode, weight, bias, _residual = others
+    given = torch.randn_like(output), x, skip, *film, mean, rstd, groups, eps, mode, weight, bias
+    beside = [torch.randn(len(x), weight.shape[1], *x.shape[2:]).to(dtype) for _ in range(2)]
+    for more in ((True, True), (False, True), (True, True, *beside, 2)):
+        torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, (*given, *more))
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
@@ -138,7 +150,21 @@ def test_opcheck_of_float32_weights_and_narrow_maps(case: CONVOLUTION) -> None:
     )
     x, _skip, *film, groups, eps, mode, weight, bias, _residual = given
     output, mean, rstd = torch.ops.glide_fast.norm_convolution(*given)
-    backward = torch.randn_like(output), x, *film, mean, rstd, groups, eps, mode, weight, bias, True, True
+    backward = (
+        torch.randn_like(output),
+        x,
+        None,
+        *film,
+        mean,
+        rstd,
+        groups,
+        eps,
+        mode,
+        weight,
+        bias,
+        True,
+        True,
+    )
     torch.library.opcheck(torch.ops.glide_fast.norm_convolution_backward.default, backward)
 
 
@@ -152,8 +178,12 @@ def test_opcheck_of_linear(rows: int, dtype: torch.dtype) -> None:
     for kind in (reference.ACTIVATION_NONE, reference.ACTIVATION_GELU, reference.ACTIVATION_QUICK_GELU):
         torch.library.opcheck(torch.ops.glide_fast.linear.default, (*leaves, None, kind))
     x, weight = x.detach(), weight.detach()[:, :6]
-    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, True, True))
-    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, weight, False, True))
+    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, None, weight, True, True))
+    torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, (grad, x, None, weight, False, True))
+    weight, second = leaves[2].detach(), second.detach()
+    for needs in ((True, True), (False, True), (True, False)):
+        arguments = grad, x, second, weight, *needs
+        torch.library.opcheck(torch.ops.glide_fast.linear_backward.default, arguments)
 
 
 @pytest.mark.parametrize("kind", [reference.ACTIVATION_GELU, reference.ACTIVATION_QUICK_GELU])
@@ -191,6 +221,12 @@ def test_gradcheck_of_norm_convolution(case: CONVOLUTION) -> None:
     assert torch.autograd.gradcheck(
         lambda *values: case.ours(dict(zip(inputs, values, strict=True))), tuple(inputs.values())
     )
+
+
+def test_gradcheck_of_linear_with_two_inputs() -> None:
+    shapes = (2, 3, 4), (5, 7), (5,), (2, 3, 3)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *values: linear(*values[:3], second=values[3]), inputs)
 
 
 @pytest.mark.parametrize("case", NORMS, ids=str)

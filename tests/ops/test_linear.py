@@ -86,6 +86,18 @@ def test_other_dtypes_follow_the_reference(dtype: torch.dtype, activation: Linea
         torch.testing.assert_close(mine, value, rtol=0, atol=spread)
 
 
+def test_two_inputs_gradients_lie_in_one() -> None:
+    inputs = draw(*CASES[0])
+    _, grad_x, _, _, grad_second, _ = differentiate(lambda given: linear(**given), inputs)
+    assert grad_x._base is not None
+    assert grad_x._base is grad_second._base
+    assert grad_x._base.shape[-1] == grad_x.shape[-1] + grad_second.shape[-1]
+    for wanted in inputs:
+        leaves = {name: value.detach().requires_grad_(name == wanted) for name, value in inputs.items()}
+        linear(**leaves).sum().backward()
+        assert all((value.grad is not None) == (name == wanted) for name, value in leaves.items())
+
+
 def ulps_off(actual: Tensor, exact: Tensor) -> float:
     """The largest error in units of the last place of the exact float32 values, zeros and denormals apart."""
     normal = exact.abs() > torch.finfo(torch.float32).tiny

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glide_fast.compat import networks
 from glide_fast.compat.blocks import Downsample, ResBlock, TimestepBlock, Upsample
 from glide_fast.compat.blocks import QKVAttentionLegacy as QKVAttention
-from glide_fast.models import layers
+from glide_fast.models import blocks
 from glide_fast.models.conditioning import MaskedImage, masked_channels
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-class AttentionBlock(layers.AttentionBlock):
+class AttentionBlock(blocks.AttentionBlock):
     """Self-attention over the pixels of a map, which also attend to ``encoder_channels`` of a text."""
 
     def __init__(
