@@ -26,7 +26,7 @@ from glide_fast.kernels.configurations import Configuration
 from glide_fast.kernels.plan import Launch, start
 from glide_fast.kernels.product import Moments, Plan
 from glide_fast.ops import reference
-from glide_fast.ops.norm_convolution import convolve as composed
+from glide_fast.ops.composed_convolution import convolve as composed
 
 # Pixels, channels, whether the residual is of half the size, of what is compiled to be measured.
 CASES = ((64, 768, False), (4096, 192, False), (4096, 192, True))

@@ -18,7 +18,7 @@ from glide_fast.kernels.group_norm import normalise
 from glide_fast.kernels.group_norm_backward import Further, gradients
 from glide_fast.kernels.group_norm_tiles import Norm, Statistics, covered
 from glide_fast.ops import chosen, dispatch, reference, sources
-from glide_fast.ops.norm_convolution import before_convolution, bias_gradient
+from glide_fast.ops.composed_convolution import before_convolution, bias_gradient
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glide_fast.ops import composed_convolution as composition
 from glide_fast.ops import memory, reference, sources
-from glide_fast.ops import norm_convolution as op
 from glide_fast.ops.dispatch import cpp_library, implement
 from glide_fast.ops.group_norm import resampled_shape
 from glide_fast.ops.packed import packed
@@ -103,7 +103,7 @@ def norm_convolution(
     x, skip = x.to(weight.dtype), None if skip is None else skip.to(weight.dtype)
     tile = winograd_tile(x, mode, weight, weight.shape[1])
     if not tile:
-        return op.composed(
+        return composition.composed(
             x, skip, norm_weight, norm_bias, scale, shift, groups, eps, mode, weight, bias, residual
         )
     x = _channels_last(x)
@@ -143,7 +143,7 @@ def norm_convolution_backward(
     wide = x.to(weight.dtype)
     tile = winograd_tile(wide, mode, weight, min(weight.shape[:2]))
     if not tile:
-        return op.composed_backward(
+        return composition.composed_backward(
             grad, x, None, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
             needs_x, needs_weight, summand, second, sums,
         )  # fmt: skip
@@ -158,10 +158,10 @@ def norm_convolution_backward(
         inner = memory.empty_map(len(x), weight.shape[1], *grad.shape[2:])
         _OPS.convolution(grad, None, None, None, 0, weight, None, tile, True, None, None, inner)
     summand = reference.sum_of(summand, second)
-    *gradients, found = op.before_convolution(
+    *gradients, found = composition.before_convolution(
         inner, x, norm_weight, norm_bias, scale, shift, mean, rstd, mode, summand, sums
     )
-    return (*gradients, grad_weight, op.bias_gradient(grad, bias), found)  # type: ignore[return-value]
+    return (*gradients, grad_weight, composition.bias_gradient(grad, bias), found)  # type: ignore[return-value]
 
 
 def register() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glide_fast.kernels import configurations, convolution_sum, moments
 from glide_fast.ops import norm_convolution, reference
-from glide_fast.ops.norm_convolution import convolve as composed
+from glide_fast.ops.composed_convolution import convolve as composed
 from tests.kernels.compiled import compile_cases
 from tests.kernels.interpreter import DEVICE, use_kernels
 from tests.kernels.products import error, exact_statistics

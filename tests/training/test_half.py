@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glide_fast.ops.norm_convolution import BACKWARD, FORWARD, composed, composed_backward
+from glide_fast.ops.composed_convolution import composed, composed_backward
+from glide_fast.ops.norm_convolution import BACKWARD, FORWARD
 from glide_fast.training.config import LARGEST_SCALE, OptimizerConfig, ScalingConfig, TrainConfig
 from glide_fast.training.diagnose import NonFiniteLossError
 from glide_fast.training.distributed import joined
