@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glide_fast.ops import group_norm as norm
 from glide_fast.ops import reference, sources
+from glide_fast.ops.group_norm import BACKWARD, FORWARD
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ def _activated(
     """What is convolved, and the statistics; by the device's own group norm."""
     if norm_weight is None or norm_bias is None:
         return reference.resample(x, mode), x.new_empty(0), x.new_empty(0)
-    activated: tuple[Tensor, Tensor, Tensor] = norm.FORWARD(
+    activated: tuple[Tensor, Tensor, Tensor] = FORWARD(
         x, norm_weight, norm_bias, scale, shift, groups, eps, True, mode
     )
     return activated
@@ -127,7 +127,7 @@ def before_convolution(
         grad_x = reference.plus(reference.resample_backward(grad, mode, x.shape[2:]), summand)
         grad_x = grad_x.to(x.dtype).contiguous(memory_format=reference.memory_format(x))
         return grad_x, *reference.four_nothings(x), reference.column_sums(grad_x, 1, sums)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = norm.BACKWARD(
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = BACKWARD(
         grad, x, norm_weight, norm_bias, scale, shift, mean, rstd, True, mode, summand, sums
     )
     return gradients

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glide_fast.ops import column_sums, reference, sources
-from glide_fast.ops import group_norm as norm
 from glide_fast.ops.composed_convolution import composed, composed_backward
 from glide_fast.ops.dispatch import define, differentiable, needs_gradient
 from glide_fast.ops.eager import eagerly
-from glide_fast.ops.group_norm import Resample
+from glide_fast.ops.group_norm import Resample, mode_of, resampled_shape
+from glide_fast.ops.group_norm import check as check_norm
 from glide_fast.ops.packed import trained
 
 
@@ -44,7 +44,7 @@ def _fake_forward(
     bias: Tensor | None,  # noqa: ARG001
     residual: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = norm.resampled_shape(x, mode)
+    shape = resampled_shape(x, mode)
     output = weight.new_empty([shape[0], weight.shape[0], *shape[2:]]).contiguous(
         memory_format=reference.channels_last(x)
     )
@@ -269,12 +269,12 @@ def norm_convolution(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or an unknown choice.
     """
-    mode = norm.mode_of(resample)
-    _check(x, skip, weight, bias, residual, norm.resampled_shape(x, mode))
+    mode = mode_of(resample)
+    _check(x, skip, weight, bias, residual, resampled_shape(x, mode))
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias belong together; give both or neither")
     if norm_weight is not None and norm_bias is not None:
-        norm.check(weight.shape[1], x, norm_weight, norm_bias, scale, shift, groups)
+        check_norm(weight.shape[1], x, norm_weight, norm_bias, scale, shift, groups)
     elif scale is not None or shift is not None:
         raise ValueError("scale and shift modulate a norm; give norm_weight and norm_bias as well")
     output: Tensor = eagerly(
@@ -309,9 +309,9 @@ def norm_convolution_beside(
             resample=resample,
         )  # fmt: skip
         return y, x, x if skip is None else skip
-    mode = norm.mode_of(resample)
-    _check(x, skip, weight, bias, None, norm.resampled_shape(x, mode))
-    norm.check(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
+    mode = mode_of(resample)
+    _check(x, skip, weight, bias, None, resampled_shape(x, mode))
+    check_norm(weight.shape[1], x, norm_weight, norm_bias, None, None, groups)
     found: Any = _NormConvolution.apply(  # type: ignore[no-untyped-call]
         functools.partial(eagerly, FORWARD),
         x,
