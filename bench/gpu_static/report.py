@@ -142,7 +142,7 @@ def summary(findings: Findings) -> str:
             (f"{1e3 * ours.prediction.graph:.1f} ms", f"{1e3 * original.prediction.graph:.1f} ms"),
         ]
         rows.append([step, *(f"{own} / {other}" for own, other in pairs)])
-    head = ("step, ours / the original", "launches (counted)", "GB moved (counted)", "H100 (predicted)")
+    head = ("ours / the original", "launches (counted)", "GB moved (counted)", "H100 (predicted)")
     spilling = sum(row["spills"] > 0 for row in findings.resources)
     targets = len({row["target"] for row in findings.resources})
     exact = all(row["error"] <= row["allowed"] for row in findings.numerics)
