@@ -167,16 +167,22 @@ def run(
     wanted = os.environ.get(AUTOTUNE_VARIABLE) == "1" and device.type == "cuda"
     key = kernel, architecture, bits, shape_class
     if wanted and key not in _fastest and not torch.cuda.is_current_stream_capturing():
-        _fastest[key] = _measure(kernel, bits, launcher)
+        _fastest[key] = _measure(candidates(kernel, architecture, bits), launcher)
     return launcher(_fastest[key] if wanted and key in _fastest else choose(*key))
 
 
-def _measure(kernel: str, bits: int, launcher: Callable[[Configuration], object]) -> Configuration:
+def candidates(kernel: str, architecture: str, bits: int) -> list[Configuration]:
+    """Every configuration of a kernel, also those of other GPUs; limits of registers are NVIDIA's alone."""
+    found = dict.fromkeys(row[4] for row in TABLE if row[0] == kernel and row[2] in (None, bits))
+    limited = launch.number(architecture) > 0
+    return [each for each in found if limited or each.registers is None]
+
+
+def _measure(tried: list[Configuration], launcher: Callable[[Configuration], object]) -> Configuration:
     import triton
 
-    candidates = dict.fromkeys(row[4] for row in TABLE if row[0] == kernel and row[2] in (None, bits))
     times: dict[Configuration, float] = {}
-    for configuration in candidates:
+    for configuration in tried:
         try:
             times[configuration] = triton.testing.do_bench(lambda each=configuration: launcher(each))
         except triton.runtime.errors.OutOfResources:  # another architecture's tile

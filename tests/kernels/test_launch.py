@@ -195,6 +195,15 @@ def test_autotuning_keeps_the_fastest_that_fits(
     assert calls[1:] == [slow, fast, large, fast, fast]
 
 
+def test_autotuning_limits_registers_on_nvidias_gpus_alone() -> None:
+    for kernel in dict.fromkeys(row[0] for row in configurations.TABLE):
+        on_amd = configurations.candidates(kernel, "gfx942", 16)
+        assert on_amd
+        assert not any("maxnreg" in each.options for each in on_amd)
+    limited = configurations.candidates("group_norm_backward", "sm_90", 16)
+    assert any("maxnreg" in each.options for each in limited)
+
+
 def test_the_doctor_prints_the_rows() -> None:
     found = [line for line in examine().splitlines() if line.split()[:2] == ["CUDA", "attention_backward"]]
     assert len(found) == 1
