@@ -76,10 +76,10 @@ def norm_convolution_backward(
     second: Tensor | None = None,
     sums: int = 0,
 ) -> _Gradients:
-    """The op `norm_convolution_backward`; what the norm's kernels do not cover goes to the default."""
-    normed = norm_weight is not None and norm_bias is not None
+    """The op `norm_convolution_backward`; what no kernel of ours has a part in goes to the default."""
     channels = weight.shape[1]
-    if normed and not covered(x, mode, channels):
+    normed = norm_weight is not None and covered(x, mode, channels)
+    if not normed and (norm_weight is not None or not _is_ours(grad, weight)):
         result: _Gradients = dispatch.default("norm_convolution_backward")(
             grad, x, skip, norm_weight, norm_bias, scale, shift, mean, rstd, groups, eps, mode, weight, bias,
             needs_x, needs_weight, summand, second, sums,
@@ -111,9 +111,14 @@ def norm_convolution_backward(
     return (*inner[:5], grad_weight, bias_gradient(grad, bias), inner[5])
 
 
+def _is_ours(grad: Tensor, weight: Tensor) -> bool:
+    """Whether our kernel makes the gradient of what this weight convolved."""
+    return chosen.is_chosen(weight) and convolution.serves(grad, weight)
+
+
 def _before(grad: Tensor, convolved: Tensor, weight: Tensor) -> Tensor:
     """The gradient of what was convolved, whose values are not read."""
-    if chosen.is_chosen(weight) and convolution.serves(grad, weight):
+    if _is_ours(grad, weight):
         return convolution.convolve(grad, weight, turned=True)
     found = reference.convolve_backward(grad, convolved, weight, True, False)[0]
     return convolved if found is None else found
