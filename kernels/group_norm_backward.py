@@ -245,7 +245,7 @@ class _Call:
             x.new_empty(0) if each is None else each.new_empty(each.shape)
             for each in (norm.scale, norm.shift)
         ]
-        self.sums = x.new_empty((further.sums, self.channels) if further.sums else 0)
+        self.sums = reference.empty_sums(x, self.channels, further.sums)
         self.maps: dict[str, Any] = {
             **norm.arguments, **_map("x", own), **_map("skip", other), "step": own.channel,
             "split": x.shape[1], "SKIP": further.skip is not None, **_map("grad", arriving),

@@ -35,7 +35,7 @@ from glide_fast.models.layers import (
     zeroed,
 )
 from glide_fast.ops import packed
-from glide_fast.ops.sources import stay_apart
+from glide_fast.ops.sources import joined, stay_apart
 
 
 class ResBlock(nn.Module):
@@ -94,7 +94,7 @@ class ResBlock(nn.Module):
         ``skip`` [B, S, H, W] are the last S of the block's channels, where they come apart from x.
         """
         if skip is not None and torch.is_grad_enabled() and not stay_apart(x):
-            x, skip = torch.cat([x, skip], dim=1), None
+            x, skip = joined(x, skip, 1), None
         return self._paths(x, embedding, skip)[0]
 
     def with_input(
@@ -151,7 +151,7 @@ class ResBlock(nn.Module):
             residual = None if summand is None else pixels_as_tokens(summand)
             y = ops.linear(tokens, layer.weight.to(x.dtype), bias, second=second, residual=residual)
             return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
-        return layer(x if skip is None else torch.cat([x, skip], dim=1))  # type: ignore[no-any-return]
+        return layer(joined(x, skip, 1))  # type: ignore[no-any-return]
 
 
 def _is_pointwise(layer: nn.Module) -> bool:

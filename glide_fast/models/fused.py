@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from glide_fast import ops
 from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, Resample, is_watched, plus
+from glide_fast.ops import sources
+from glide_fast.ops.norm_convolution import widens
 
 
 def is_fused(norm: Any, convolution: nn.Module, x: Tensor, resample: Resample) -> bool:
@@ -31,22 +33,28 @@ def activated_convolution(
     film: tuple[Tensor, Tensor] | None = None,  # [B, C + S] each
     resample: Resample = "none",
     residual: Tensor | None = None,  # [B, out, *resampled space], or half as large along each side
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GroupNorm of x and ``skip``, FiLM, SiLU, resampling, convolution; ``shift`` and ``residual`` are added.
 
     One operation, unless the convolution was replaced or a hook watches a layer: then both layers are called.
+    With ``dtype`` as of x.to(dtype), of which no map is made where the operation reads x as it is.
     """
+    dtype = dtype or x.dtype
     scale, offset = (None, None) if film is None else film
-    if not is_fused(norm, convolution, x, resample):
-        joined = x if skip is None else torch.cat([x, skip], dim=1)
+    fused = is_fused(norm, convolution, x, resample)
+    if not (fused and widens(x.dtype, dtype)):
+        x = x.to(dtype)
+    if not fused:
+        joined = sources.joined(x, skip, 1)
         h: Tensor = convolution(norm(joined, scale=scale, shift=offset, activation="silu", resample=resample))
         h = h if shift is None else h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
         return plus(h, residual)
     own: Any = convolution
-    bias = own.bias.to(x.dtype)
+    bias = own.bias.to(dtype)
     return ops.norm_convolution(
         x,
-        own.weight.to(x.dtype),
+        own.weight.to(dtype),
         bias if shift is None else bias + shift,
         skip=skip,
         norm_weight=norm.weight,

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_fast import ops
 from glide_fast.models.blocks import AttentionBlock
 from glide_fast.models.conditioning import MaskedImage, TextEncoding, low_res_channels, masked_channels
-from glide_fast.models.fused import activated_convolution, is_fused
+from glide_fast.models.fused import activated_convolution
 from glide_fast.models.layers import CONVOLUTIONS, GroupNorm, is_plain, zeroed
 from glide_fast.models.modulation import Timetable, timetable
 from glide_fast.models.together import can_be_together, together
 from glide_fast.models.trunk import Given, Timed, Trunk, UNetConfig
-from glide_fast.ops.norm_convolution import widens
 
 
 class OutputLayers(nn.ModuleDict):
@@ -35,18 +33,7 @@ class OutputLayers(nn.ModuleDict):
 
     def in_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """self(x.to(dtype)), which makes no map in ``dtype`` where the operation reads x as it is."""
-        norm: Any = self["0"]
-        convolution: Any = self["2"]
-        if not widens(x.dtype, dtype) or not is_fused(norm, convolution, x, "none"):
-            return activated_convolution(norm, convolution, x.to(dtype))
-        return ops.norm_convolution(
-            x,
-            convolution.weight.to(dtype),
-            convolution.bias.to(dtype),
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            groups=norm.groups,
-        )
+        return activated_convolution(self["0"], self["2"], x, dtype=dtype)
 
 
 class UNet(Trunk):

@@ -111,16 +111,11 @@ def is_implemented(op: str, device: str) -> bool:
     return (op, device) in _served
 
 
-def is_served(op: str, device: torch.device) -> bool:
-    """Whether a GPU computes an op by something of its own: registered, and not made for a newer one."""
-    if not is_implemented(op, "CUDA"):
-        return False
-    return importlib.import_module("glide_fast.kernels.launch").too_old(device) is None
-
-
 def has_kernel(op: str, x: torch.Tensor) -> bool:
-    """Whether an op of x is a kernel of its GPU's now: compiled code is never told so."""
-    return x.is_cuda and not torch.compiler.is_compiling() and is_served(op, x.device)
+    """Whether a kernel of ours that this GPU can run computes an op of x; never in compiled code."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not is_implemented(op, "CUDA"):
+        return False
+    return importlib.import_module("glide_fast.kernels.launch").too_old(x.device) is None
 
 
 class use_reference(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (reads as a verb)

@@ -75,7 +75,7 @@ def fake_backward(
     grad_x = x.new_empty(x.shape).contiguous(memory_format=reference.memory_format(x))
     grad_scale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
     grad_shift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
-    found = x.new_empty((sums, x.shape[1]) if sums else 0)
+    found = reference.empty_sums(x, x.shape[1], sums)
     parameters = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     return grad_x, *parameters, grad_scale, grad_shift, found
 

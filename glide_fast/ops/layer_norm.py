@@ -56,7 +56,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = weight.shape if needs_weight else 0
     grad_x = x.new_empty(x.shape if needs_x else 0)
-    columns = x.new_empty((sums, x.shape[-1]) if sums and needs_x else 0)
+    columns = reference.empty_sums(x, x.shape[-1], sums if needs_x else 0)
     return grad_x, weight.new_empty(parameters), weight.new_empty(parameters), columns
 
 

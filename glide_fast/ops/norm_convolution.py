@@ -87,7 +87,7 @@ def _fake_backward(
     grad_weight = like(weight, needs_weight)
     if needs_weight:
         grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
-    found = x.new_empty((sums, channels) if sums and needs_x else 0)
+    found = reference.empty_sums(x, channels, sums if needs_x else 0)
     return grad_x, grad_norm_weight, grad_norm_bias, *film, grad_weight, grad_bias, found
 
 

@@ -84,7 +84,7 @@ def _fake_backward(
     sums: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_text = projection.new_empty(0 if text is None else text.shape)
-    columns = projection.new_empty((sums, projection.shape[2]) if sums else 0)
+    columns = reference.empty_sums(projection, projection.shape[2], sums)
     return projection.new_empty(projection.shape), of_text, columns
 
 

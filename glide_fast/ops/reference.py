@@ -238,6 +238,11 @@ def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     return grad.sum([dim for dim in range(grad.ndim) if dim != 1 and (dim > 1 or bias.ndim == 1)])
 
 
+def empty_sums(x: Tensor, channels: int, copies: int) -> Tensor:
+    """The memory of a gradient's sums [copies, C]; [0] without copies."""
+    return x.new_empty((copies, channels) if copies else 0)
+
+
 def column_sums(gradient: Tensor, dim: int, copies: int) -> Tensor:
     """[copies, C], each the sum over all dimensions but ``dim``; [0] without copies."""
     if not copies:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glide_fast.models import MaskedImage, UNet, unet
+from glide_fast.models import MaskedImage, UNet, fused
 from glide_fast.models.conditioning import masked_channels
 from glide_fast.models.layers import GroupNorm, timestep_embedding
 from tests.models.tiny import TEXT, noise, prompt, tiny
@@ -131,7 +131,7 @@ def test_the_last_layers_compute_in_float32(dtype: torch.dtype, monkeypatch: pyt
     model, found = tiny(text=None, norm_groups=8, compute_dtype=dtype).train(), []
     for converted in (False, True):
         if converted:
-            monkeypatch.setattr(unet, "widens", lambda *_: False)
+            monkeypatch.setattr(fused, "widens", lambda *_: False)
         model.zero_grad(set_to_none=True)
         out = model(noise(2, 3, 8, 8), T)
         out.square().sum().backward()
